@@ -1,0 +1,134 @@
+"""Settings of each role: every one with its unit, default and consequence.
+
+A setting's flag is its name with dashes (`--listen`), its environment variable is `TOPK_` and its name in capitals
+(`TOPK_LISTEN`). The command line is made from these tables, and docs/settings.md is checked against them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from topk_grpc.errors import SettingError
+
+_KEY = "topk_setting"
+
+
+@dataclass(frozen=True, slots=True)
+class SettingInfo:
+    """What is known of one setting.
+
+    Attributes:
+        name: the field's name; flag and environment variable follow from it.
+        kind: str, int, float or bool.
+        default: what holds if nobody says anything; None if it must be given.
+        unit: of the value, empty where it has none.
+        help: what it does, and what happens when it is set too low or too high.
+        low: the least value allowed.
+        high: the largest value allowed.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    unit: str
+    help: str
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def flag(self) -> str:
+        """The command-line flag."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return "TOPK_" + self.name.upper()
+
+
+def setting(default: Any, unit: str, text: str, low: float | None = None, high: float | None = None) -> Any:
+    """Declares a field of a settings class. `default` ... means that it must be given."""
+    info = {"unit": unit, "help": text, "low": low, "high": high}
+    if default is ...:
+        return dataclasses.field(metadata={_KEY: info})
+    return dataclasses.field(default=default, metadata={_KEY: info})
+
+
+def describe(settings_class: type) -> Iterator[SettingInfo]:
+    """All settings of a role, in the order of declaration."""
+    kinds = {"str": str, "int": int, "float": float, "bool": bool}
+    for field in dataclasses.fields(settings_class):
+        default = None if field.default is dataclasses.MISSING else field.default
+        yield SettingInfo(field.name, kinds[str(field.type)], default, **field.metadata[_KEY])
+
+
+class _Checked:
+    """Checks the ranges that the fields declare."""
+
+    def __post_init__(self) -> None:
+        for info in describe(type(self)):
+            value = getattr(self, info.name)
+            below = info.low is not None and value < info.low
+            above = info.high is not None and value > info.high
+            if below or above:
+                unit = f" {info.unit}" if info.unit else ""
+                low = "-∞" if info.low is None else f"{info.low:g}"
+                high = "∞" if info.high is None else f"{info.high:g}"
+                raise SettingError(
+                    f"{info.flag} is {value}{unit}: it has to lie in {low} to {high} (environment: {info.variable})"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(_Checked):
+    """What every server has."""
+
+    topology: str = setting(..., "", "Where the cluster's topology is kept: file:PATH on one machine. All roles of a cluster name the same.")
+    listen: str = setting("127.0.0.1:0", "HOST:PORT", "Where to serve gRPC; port 0 takes a free one. A port in use is an error at once.")
+    health_port: int = setting(0, "port", "Also answer grpc.health.v1 alone, in plaintext, on this port of the listen address; 0: only on the main port.", 0, 65535)
+    message_bytes_max: int = setting(8 << 20, "bytes", "The largest gRPC message taken; a larger one is refused with RESOURCE_EXHAUSTED. Must fit batch_plays_max plays.", 1 << 16, 1 << 30)
+    drain_seconds: float = setting(10.0, "s", "On SIGTERM: how long streams may take to send the acknowledgements they owe; then they are cut, and clients resend.", 0.1, 600)
+    exit_with_stdin: bool = setting(False, "", "Stop when standard input ends: `topk up` starts its children so, that none outlives it.")
+    log_level: str = setting("info", "", "debug, info, warning or error: the least level of the structured log lines on stderr.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSettings(ServerSettings):
+    """A shard's settings."""
+
+    shard_id: str = setting(..., "", "This shard's stable name in the topology.")
+    data_dir: str = setting(..., "path", "The directory that holds this shard's plays. One process at a time; losing it loses the plays.")
+    advertise: str = setting("", "HOST:PORT", "The address that gateways are told; empty: the one listened on.")
+    heap_size: int = setting(1000, "entries", "The best entries of each chart that are kept in order as plays arrive. A query up to this k costs O(k), a larger one scans all entries.", 1, 10_000)
+    group_bytes_max: int = setting(4 << 20, "bytes", "The most bytes of requests that share one fdatasync. More raises throughput on slow disks, and the wait of each.", 1 << 16, 1 << 30)
+    queue_requests_max: int = setting(256, "requests", "Requests waiting for a group; then gateways' streams are read no further.", 1, 1 << 16)
+    segment_bytes: int = setting(64 << 20, "bytes", "A log segment is closed when it grows beyond this. Smaller ones free disk sooner after a snapshot.", 1 << 16, 1 << 34)
+    snapshot_log_bytes: int = setting(256 << 20, "bytes", "Take a snapshot when the log has grown by this much: bounds the time of recovery. Lower costs more disk writes.", 1 << 16, 1 << 40)
+    snapshot_seconds: float = setting(3600.0, "s", "Take a snapshot at least this often while plays arrive.", 1, 86_400 * 7)
+    memory_bytes_max: int = setting(0, "bytes", "Budget of the state in memory: beyond it new songs are rejected (MEMORY_LIMIT), known ones still count. 0: no limit.", 0)
+    charts_max: int = setting(10_000, "charts", "Charts on this shard; a play that names one more is rejected (CHART_LIMIT).", 1, 65_535)
+    future_seconds_max: float = setting(300.0, "s", "Plays further ahead of this shard's clock are rejected (IN_FUTURE): one wrong clock must not close everybody's windows.", 0, 86_400 * 366)
+    producer_ttl_seconds: float = setting(30 * 86_400.0, "s", "Producers idle for longer are forgotten; a resend of one of their batches is then refused (PRODUCER_EXPIRED).", 60)
+    scan_queue_max: int = setting(64, "queries", "Queries that scan all entries and wait for their turn; one more is refused with RESOURCE_EXHAUSTED.", 1, 10_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings(ServerSettings):
+    """A gateway's settings."""
+
+    listen: str = setting("127.0.0.1:50050", "HOST:PORT", "Where to serve gRPC; port 0 takes a free one. A port in use is an error at once.")
+    song_id_bytes_max: int = setting(128, "bytes", "The longest song_id; longer ones are rejected (SONG_ID_TOO_LONG).", 1, 128)
+    charts_per_play_max: int = setting(8, "charts", "The most charts a play may name (TOO_MANY_CHARTS).", 0, 8)
+    chart_bytes_max: int = setting(64, "bytes", "The longest chart name (CHART_TOO_LONG).", 1, 64)
+    batch_plays_max: int = setting(65_536, "plays", "The most plays of a batch; a larger one is refused with INVALID_ARGUMENT.", 1, 65_536)
+    k_max: int = setting(10_000, "entries", "The largest k of a query; a larger one is refused with INVALID_ARGUMENT.", 1, 10_000)
+    stream_batches_max: int = setting(32, "batches", "Batches of one stream under way; then it is read no further. At most 63: a producer's marks reach back 64.", 1, 63)
+    pending_bytes_max: int = setting(64 << 20, "bytes", "What one gateway holds for one shard that is down or slow; then all streams with plays for it wait.", 1 << 16, 1 << 34)
+    part_bytes_max: int = setting(2 << 20, "bytes", "Parts of batches for one shard travel together up to this size: few and large messages.", 1 << 10, 1 << 28)
+    record_seconds: float = setting(15.0, "s", "How long a batch may wait for its shards; then its stream ends with UNAVAILABLE and the client resends.", 0.1, 3600)
+    query_seconds: float = setting(10.0, "s", "How long a query waits for a shard; then it fails with UNAVAILABLE, or is partial where that was asked for.", 0.1, 3600)
+    allowed_lateness_seconds: float = setting(300.0, "s", "An answer is FINAL when the watermark has passed its end by this much.", 0, 86_400 * 366)
+    stream_age_seconds: float = setting(1800.0, "s", "Streams end with OK after this time, up to a tenth earlier by chance, so that clients spread over new gateways.", 1, 86_400 * 7)

@@ -1,0 +1,152 @@
+"""Every exception this package raises.
+
+TopKError
+├── InvalidArgumentError        the caller's request is wrong; trying again does not help
+│   ├── WindowError             a window that does not parse, or makes no sense
+│   ├── SettingError            a setting outside its range, or two that contradict each other
+│   └── InputError              a file to ingest that cannot be read as mapped
+├── DuplicateBatchError         the first send of a batch was answered `duplicate`: two processes share a producer id
+├── ProducerExpiredError        the producer was forgotten and the batch is older than that
+├── RejectedPlaysError          plays of acknowledged batches that did not count, and nobody listens for them
+├── UnavailableError            a server cannot answer now; trying again helps
+│   ├── DeadlineError           nothing was heard within the time allowed
+│   └── NotReadyError           the server recovers, or drains
+├── ResourceExhaustedError      a bounded queue, memory budget or disk is full; trying again may help later
+├── WrongServerError            a server answered that belongs to another shard or cluster
+├── AddressInUseError           the port to listen on is taken
+├── ProcessFailedError          a process started by `topk up` died before it was ready
+├── TopologyError               the topology store holds nothing, or nothing that fits
+│   └── TopologyConflictError   another writer changed the topology first
+├── StaleKernelError            a compiled kernel stands beside another source than it was compiled from
+└── StorageError                the data directory
+    ├── DirectoryInUseError     another process holds it
+    ├── ForeignDirectoryError   it belongs to another shard or cluster, or was replaced by an empty one
+    ├── VersionError            it was written by a newer release
+    ├── CorruptError            bytes that must be whole are damaged; nothing was changed
+    ├── DiskFullError           no room for the next group; nothing was written
+    └── WriteFailedError        a write or fdatasync failed: what is on disk is unknown, the process must end
+
+Each message says what is wrong, where, and what to do. How they become gRPC statuses stands in rpc/status.py.
+"""
+
+from __future__ import annotations
+
+
+class TopKError(Exception):
+    """The root: catch it to catch everything this package raises."""
+
+
+class InvalidArgumentError(TopKError, ValueError):
+    """The caller's request is wrong; trying again does not help."""
+
+
+class WindowError(InvalidArgumentError):
+    """A window that does not parse, or makes no sense."""
+
+
+class SettingError(InvalidArgumentError):
+    """A setting outside its range, or two settings that contradict each other."""
+
+
+class InputError(InvalidArgumentError):
+    """A file to ingest that cannot be read as mapped."""
+
+
+class DuplicateBatchError(TopKError):
+    """The first send of a batch was answered `duplicate`: two processes share one producer id."""
+
+
+class ProducerExpiredError(TopKError):
+    """The producer was forgotten after its time to live, and the batch is older than that."""
+
+
+class RejectedPlaysError(TopKError):
+    """Plays of acknowledged batches that did not count, and nobody listens for them.
+
+    Attributes:
+        rejected: what the cluster said of each, a `model.Rejected`; at most the first 1,000.
+        count: how many there were.
+    """
+
+    def __init__(self, message: str, rejected: tuple[object, ...] = (), count: int = 0) -> None:
+        super().__init__(message)
+        self.rejected = rejected
+        self.count = count
+
+
+class UnavailableError(TopKError):
+    """A server cannot answer now; trying again helps."""
+
+
+class DeadlineError(UnavailableError):
+    """Nothing was heard within the time allowed."""
+
+
+class NotReadyError(UnavailableError):
+    """The server recovers or drains."""
+
+
+class ResourceExhaustedError(TopKError):
+    """A bounded queue, memory budget or disk is full; trying again may help later."""
+
+
+class WrongServerError(TopKError):
+    """A server answered that belongs to another shard or another cluster."""
+
+
+class AddressInUseError(TopKError):
+    """The port to listen on is taken."""
+
+
+class ProcessFailedError(TopKError):
+    """A process started by `topk up` died before it was ready."""
+
+
+class TopologyError(TopKError):
+    """The topology store holds nothing, or nothing that fits."""
+
+
+class TopologyConflictError(TopologyError):
+    """Another writer changed the topology first; read it again."""
+
+
+class StaleKernelError(TopKError, ImportError):
+    """A compiled kernel stands beside another source than it was compiled from."""
+
+
+class StorageError(TopKError):
+    """The data directory cannot be used as asked."""
+
+
+class DirectoryInUseError(StorageError):
+    """Another process holds the data directory."""
+
+
+class ForeignDirectoryError(StorageError):
+    """The data directory belongs to another shard or cluster, or was replaced by an empty one."""
+
+
+class VersionError(StorageError):
+    """The data directory was written by a newer release."""
+
+
+class CorruptError(StorageError):
+    """Bytes that must be whole are damaged; nothing was changed.
+
+    Attributes:
+        path: the damaged file.
+        offset: where in it, in bytes; None where the file as a whole is meant.
+    """
+
+    def __init__(self, message: str, path: str, offset: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.offset = offset
+
+
+class DiskFullError(StorageError, ResourceExhaustedError):
+    """No room for the next group; nothing was written."""
+
+
+class WriteFailedError(StorageError):
+    """A write or fdatasync failed: what is on disk is unknown, and the process must end."""

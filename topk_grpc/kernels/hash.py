@@ -1,0 +1,3 @@
+import cython
+def compiled() -> bool:
+    return cython.compiled

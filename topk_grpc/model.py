@@ -1,0 +1,333 @@
+"""The values that all parts share: frozen, checked where they are made, free of I/O.
+
+Times are int milliseconds since the Unix epoch, UTC; windows are half-open. What each window means stands in
+docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Final, Literal
+
+from topk_grpc.errors import InvalidArgumentError, WindowError
+
+SLOTS_DEFAULT: Final = 1024
+"""Slots of a cluster: fixed when it is created."""
+
+RESOLUTION_MS_DEFAULT: Final = 1000
+"""The cluster's time grain."""
+
+COUNT_MAX: Final = 1 << 55
+"""The largest count of one play, and the largest sum of a shard: 256 shards' sums still fit 64 signed bits."""
+
+GLOBAL_CHART: Final = ""
+"""The name of the chart that every play counts in."""
+
+AsOf = int | datetime | Literal["latest"] | None
+"""The instant a window is taken at: epoch milliseconds, a datetime (naive: UTC), `latest` (the newest play), None (the gateway's clock)."""
+
+
+# --- Times and durations ----------------------------------------------------------------------------------------------
+
+_UNITS: Final[Mapping[str, int]] = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_DURATION: Final = re.compile(r"(\d{1,12})(ms|s|m|h|d)")
+_EPOCH_MS: Final = re.compile(r"-?\d{1,18}")
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def parse_duration(text: str) -> int:
+    """Reads `500ms`, `10s`, `15m`, `1h`, `7d`.
+
+    Returns:
+        Milliseconds.
+
+    Raises:
+        WindowError: it is none of these.
+    """
+    found = _DURATION.fullmatch(text.strip())
+    if found is None:
+        raise WindowError(f"{text!r} is not a duration: write a whole number and a unit, as in 10s, 15m, 1h or 7d")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def format_duration(milliseconds: int) -> str:
+    """Writes a duration in the largest unit that divides it; `parse_duration` reads it back."""
+    for unit in ("d", "h", "m", "s"):
+        if milliseconds and milliseconds % _UNITS[unit] == 0:
+            return f"{milliseconds // _UNITS[unit]}{unit}"
+    return f"{milliseconds}ms"
+
+
+def to_epoch_ms(moment: datetime) -> int:
+    """Milliseconds since the epoch, rounded down; a naive datetime is UTC."""
+    aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    delta = aware - _EPOCH
+    return (delta.days * 86_400 + delta.seconds) * 1000 + delta.microseconds // 1000
+
+
+def parse_time(text: str) -> int:
+    """Reads ISO 8601 (no offset means UTC) or epoch milliseconds.
+
+    Raises:
+        InvalidArgumentError: it is neither.
+    """
+    stripped = text.strip()
+    if _EPOCH_MS.fullmatch(stripped):
+        return int(stripped)
+    try:
+        return to_epoch_ms(datetime.fromisoformat(stripped))
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"{text!r} is not a time: write ISO 8601, as in 2014-06-16T18:28:34Z, or milliseconds since the epoch"
+        ) from error
+
+
+def format_time(milliseconds: int) -> str:
+    """ISO 8601 in UTC, with milliseconds only where they are not zero; outside the years 1 to 9999 epoch milliseconds."""
+    seconds, rest = divmod(milliseconds, 1000)
+    try:
+        moment = datetime.fromtimestamp(seconds, UTC)
+    except (OverflowError, ValueError, OSError):
+        return f"{milliseconds} ms"
+    return moment.strftime("%Y-%m-%dT%H:%M:%S") + (f".{rest:03d}Z" if rest else "Z")
+
+
+def as_of_ms(as_of: AsOf | str) -> int | Literal["latest"] | None:
+    """Brings what callers write for an instant to epoch milliseconds, `latest` or None."""
+    match as_of:
+        case None:
+            return None
+        case "latest":
+            return "latest"
+        case datetime():
+            return to_epoch_ms(as_of)
+        case str():
+            return parse_time(as_of)
+        case _:
+            return as_of
+
+
+# --- Windows ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The half-open span [start_ms, end_ms) that a window counts."""
+
+    start_ms: int
+    end_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalWindow:
+    """All plays ever recorded."""
+
+    def __str__(self) -> str:
+        return "global"
+
+
+@dataclass(frozen=True, slots=True)
+class TumblingWindow:
+    """The pane [floor((T - offset) / size) * size + offset, + size) that holds T.
+
+    Attributes:
+        size_ms: a pane's length, above 0.
+        offset_ms: shifts the grid; 0 <= offset_ms < size_ms, brought there modulo size.
+    """
+
+    size_ms: int
+    offset_ms: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size_ms <= 1 << 53:
+            raise WindowError(f"a tumbling window's size is {self.size_ms} ms: it has to be above 0 and below 2^53")
+        object.__setattr__(self, "offset_ms", self.offset_ms % self.size_ms)
+
+    def __str__(self) -> str:
+        offset = f"@{format_duration(self.offset_ms)}" if self.offset_ms else ""
+        return f"tumbling:{format_duration(self.size_ms)}{offset}"
+
+
+Window = GlobalWindow | TumblingWindow
+
+
+def parse_window(text: str) -> Window:
+    """Reads a window's text form; `str()` of the result writes it again.
+
+    Raises:
+        WindowError: it is none of the known forms.
+    """
+    kind, _, rest = text.strip().partition(":")
+    match kind:
+        case "global" if not rest and ":" not in text:
+            return GlobalWindow()
+        case "tumbling":
+            size, at, offset = rest.partition("@")
+            return TumblingWindow(parse_duration(size), parse_duration(offset) if at else 0)
+        case _:
+            raise WindowError(f"{text!r} is not a window: write global, or tumbling:SIZE[@OFFSET] as in tumbling:1d or tumbling:7d@4d")
+
+
+# --- Plays and answers ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Play:
+    """One event. `count` plays at once if the caller counted beforehand; `charts` besides the global one."""
+
+    song_id: str
+    played_at_ms: int
+    count: int = 1
+    charts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A play that was not counted.
+
+    Attributes:
+        index: its place in the batch, from 0.
+        reason: a word for programs, listed at `RejectedPlay` in protos/topk/v1/play.proto.
+        message: a sentence for people.
+        sequence: the batch's number.
+        play: the play, where the client still knows it.
+    """
+
+    index: int
+    reason: str
+    message: str
+    sequence: int = 0
+    play: Play | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchAck:
+    """The durable acknowledgement of one batch."""
+
+    sequence: int
+    accepted: int
+    duplicate: bool
+    rejected: tuple[Rejected, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A ranked song."""
+
+    rank: int
+    song_id: str
+    count: int
+
+
+class Finality(Enum):
+    """Whether later plays are to be expected."""
+
+    PRELIMINARY = "PRELIMINARY"
+    FINAL = "FINAL"
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How far an answer can be trusted; the fields are explained in protos/topk/v1/query.proto."""
+
+    complete: bool
+    missing_shards: tuple[str, ...]
+    epoch: int
+    watermark_ms: int
+    finality: Finality
+    total_plays: int
+    distinct_songs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The k best of a window. `bounds` is None for the global one."""
+
+    bounds: Bounds | None
+    certificate: Certificate
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SongStanding:
+    """Where one song stands. `rank` is None where it has no plays in the window."""
+
+    song_id: str
+    count: int
+    rank: int | None
+    above: tuple[Entry, ...] = ()
+    below: tuple[Entry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SongsAnswer:
+    """The songs asked for, in the order asked."""
+
+    bounds: Bounds | None
+    certificate: Certificate
+    songs: tuple[SongStanding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChartSummary:
+    """A chart and what it holds, over all time."""
+
+    chart: str
+    total_plays: int
+    distinct_songs: int
+
+
+# --- The cluster ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """What is fixed when a cluster is created."""
+
+    slots: int = SLOTS_DEFAULT
+    partitioner: str = "ring"
+    resolution_ms: int = RESOLUTION_MS_DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """A shard as the topology knows it.
+
+    Attributes:
+        shard_id: its stable name.
+        address: HOST:PORT it is reached at now; empty before its first start.
+        directory_id: the identity of the data directory that holds its plays; empty before its first start. A shard
+            that comes up with another one has lost its data, and is refused.
+    """
+
+    shard_id: str
+    address: str = ""
+    directory_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Who owns what. Every change raises the epoch.
+
+    Attributes:
+        shards: by shard_id, ascending.
+        owners: the owner's index in `shards` for each slot.
+    """
+
+    cluster_id: str
+    epoch: int
+    settings: ClusterSettings
+    shards: tuple[ShardInfo, ...]
+    owners: tuple[int, ...] = field(repr=False)
+
+    def shard(self, shard_id: str) -> ShardInfo | None:
+        """The shard of that name, or None."""
+        return next((shard for shard in self.shards if shard.shard_id == shard_id), None)
+
+    def slots_of(self, shard_id: str) -> tuple[int, ...]:
+        """The slots that the shard of that name owns, ascending."""
+        return tuple(slot for slot, owner in enumerate(self.owners) if self.shards[owner].shard_id == shard_id)
