@@ -1,0 +1,141 @@
+"""Arrays in files: `.npy` for one that stays mapped, `.npz` for many that are loaded; both as numpy writes them.
+
+Every file has a `Seal`, its size and CRC-32C, which the snapshot's manifest keeps: it is taken from the bytes on their
+way to the disk, and checked against all bytes of the file before any is used.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from topk_grpc.storage.checksums import crc32c
+from topk_grpc.storage.files import Bytes, Files, WritableFile
+
+Array = npt.NDArray[Any]
+
+
+class DamagedFileError(Exception):
+    """A file of a snapshot is missing, or not as it was written."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
+        self.path = path
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What all bytes of a file come to."""
+
+    size: int
+    checksum: int
+
+
+class _Sink(io.RawIOBase):
+    """Writes to the end of a file, and seals it."""
+
+    def __init__(self, file: WritableFile) -> None:
+        super().__init__()
+        self._file = file
+        self.seal = Seal(0, 0)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._file.write(self.seal.size, [view])
+        self.seal = Seal(self.seal.size + len(view), crc32c(view, self.seal.checksum))
+        return len(view)
+
+
+class _Source(io.RawIOBase):
+    """Reads from memory, without copying all of it as BytesIO does."""
+
+    def __init__(self, data: memoryview) -> None:
+        super().__init__()
+        self._data = data
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        target = memoryview(buffer).cast("B")
+        part = self._data[self._at : self._at + len(target)]
+        target[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def write_bytes(files: Files, path: Path, data: Bytes) -> Seal:
+    """Writes a file; durable but for its name."""
+    return _write(files, path, lambda sink: sink.write(data))
+
+
+def write_column(files: Files, path: Path, array: Array) -> Seal:
+    """Writes one array as `.npy`; durable but for its name."""
+    return _write(files, path, lambda sink: np.lib.format.write_array(sink, array, allow_pickle=False))
+
+
+def write_arrays(files: Files, path: Path, arrays: Mapping[str, Array]) -> Seal:
+    """Writes arrays as an uncompressed `.npz`; durable but for its name."""
+    return _write(files, path, lambda sink: np.savez(sink, **arrays))  # type: ignore[arg-type]
+
+
+def _write(files: Files, path: Path, fill: Any) -> Seal:
+    file = files.create(path)
+    try:
+        sink = _Sink(file)
+        fill(sink)
+        file.sync()
+        return sink.seal
+    finally:
+        file.close()
+
+
+def read_sealed(files: Files, path: Path, seal: Seal) -> memoryview:
+    """Maps a file whose every byte is as it was written.
+
+    Raises:
+        DamagedFileError: it is not.
+    """
+    try:
+        data = files.map(path)
+    except FileNotFoundError:
+        raise DamagedFileError(path, "is missing") from None
+    if len(data) != seal.size:
+        raise DamagedFileError(path, f"has {len(data)} bytes instead of {seal.size}")
+    if crc32c(data) != seal.checksum:
+        raise DamagedFileError(path, f"has another checksum than its {seal.size} bytes had when they were written")
+    return data
+
+
+def read_column(data: memoryview) -> Array:
+    """The array of a `.npy` file, as a read-only view of these bytes."""
+    source = _Source(data)
+    version = np.lib.format.read_magic(source)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, fortran_order, dtype = read_header(source)
+    flat: Array = np.frombuffer(data, dtype, offset=source.tell())
+    return flat.reshape(shape, order="F" if fortran_order else "C")
+
+
+def read_arrays(data: memoryview) -> dict[str, Array]:
+    """The arrays of an `.npz` file, copied into memory of their own."""
+    with np.load(io.BufferedReader(_Source(data)), allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
