@@ -1,1 +1,89 @@
-"""topk-grpc."""
+"""Exact, windowed top-K over a stream of events, served by a gRPC cluster.
+
+What stands here is the public interface; everything beneath may change between releases.
+
+    async with topk_grpc.TopKClient("127.0.0.1:50050") as client:
+        await client.record("Boston - More Than a Feeling")
+        await client.flush()
+        answer = await client.top_k("tumbling:1d", k=10)
+
+The clients are imported when first asked for, since gRPC takes a moment to load.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from topk_grpc._version import VERSION as __version__  # noqa: N811
+from topk_grpc.errors import (
+    DeadlineError,
+    DuplicateBatchError,
+    InvalidArgumentError,
+    ProducerExpiredError,
+    RejectedPlaysError,
+    ResourceExhaustedError,
+    TopKError,
+    UnavailableError,
+    WindowError,
+)
+from topk_grpc.model import (
+    Answer,
+    Bounds,
+    Certificate,
+    ChartSummary,
+    Entry,
+    Finality,
+    GlobalWindow,
+    Play,
+    Rejected,
+    SongsAnswer,
+    SongStanding,
+    TumblingWindow,
+    Window,
+    parse_window,
+)
+
+if TYPE_CHECKING:
+    from topk_grpc.client import BlockingTopKClient, ClientStats, TopKClient
+
+__all__ = [
+    "Answer",
+    "BlockingTopKClient",
+    "Bounds",
+    "Certificate",
+    "ChartSummary",
+    "ClientStats",
+    "DeadlineError",
+    "DuplicateBatchError",
+    "Entry",
+    "Finality",
+    "GlobalWindow",
+    "InvalidArgumentError",
+    "Play",
+    "ProducerExpiredError",
+    "Rejected",
+    "RejectedPlaysError",
+    "ResourceExhaustedError",
+    "SongStanding",
+    "SongsAnswer",
+    "TopKClient",
+    "TopKError",
+    "TumblingWindow",
+    "UnavailableError",
+    "Window",
+    "WindowError",
+    "__version__",
+    "parse_window",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in {"BlockingTopKClient", "ClientStats", "TopKClient"}:
+        import topk_grpc.client
+
+        return getattr(topk_grpc.client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,102 @@
+"""The calls that ask: one message there, one back, tried again by the channel while a gateway is unavailable."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+
+from topk_grpc.errors import InvalidArgumentError
+from topk_grpc.model import Answer, AsOf, ChartSummary, GlobalWindow, SongsAnswer, TumblingWindow, Window, parse_window
+from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
+from topk_grpc.rpc import convert
+from topk_grpc.rpc.status import from_rpc_error
+
+if TYPE_CHECKING:
+    from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceAsyncStub
+
+Response = TypeVar("Response")
+
+
+class Queries:
+    """Asks a gateway. The methods' contracts stand at `TopKClient`."""
+
+    def __init__(self, channel: grpc.aio.Channel, deadline_seconds: float) -> None:
+        """Asks over the channel given; each call takes at most deadline_seconds."""
+        self._stub: TopKServiceAsyncStub = TopKServiceStub(channel)
+        self._deadline_seconds = deadline_seconds
+
+    async def top_k(
+        self, window: str | Window, k: int, chart: str | None, as_of: AsOf | str, allow_partial: bool
+    ) -> Answer:
+        """GetTopK."""
+        try:
+            request = pb.GetTopKRequest(
+                window=convert.window_to_pb(_window(window)),
+                k=k,
+                chart=chart or "",
+                as_of=convert.as_of_to_pb(as_of),
+                allow_partial=allow_partial,
+            )
+        except (TypeError, ValueError) as error:
+            raise _refused(error) from error
+        return convert.answer_from_pb(await _answer(self._stub.GetTopK(request, timeout=self._deadline_seconds)))
+
+    async def songs(  # noqa: PLR0917  # called from one place
+        self,
+        song_ids: Sequence[str],
+        window: str | Window,
+        chart: str | None,
+        as_of: AsOf | str,
+        neighbours: int,
+        allow_partial: bool,
+    ) -> SongsAnswer:
+        """GetSongs."""
+        if isinstance(song_ids, str):
+            raise InvalidArgumentError(f"song_ids is the text {song_ids!r}: give a sequence, as in [{song_ids!r}]")
+        try:
+            request = pb.GetSongsRequest(
+                window=convert.window_to_pb(_window(window)),
+                song_ids=song_ids,
+                chart=chart or "",
+                as_of=convert.as_of_to_pb(as_of),
+                neighbours=neighbours,
+                allow_partial=allow_partial,
+            )
+        except (TypeError, ValueError) as error:
+            raise _refused(error) from error
+        return convert.songs_answer_from_pb(await _answer(self._stub.GetSongs(request, timeout=self._deadline_seconds)))
+
+    async def charts(self, allow_partial: bool) -> tuple[ChartSummary, ...]:
+        """ListCharts."""
+        request = pb.ListChartsRequest(allow_partial=allow_partial)
+        response = await _answer(self._stub.ListCharts(request, timeout=self._deadline_seconds))
+        return tuple(convert.chart_from_pb(chart) for chart in response.charts)
+
+    async def describe(self) -> pb.DescribeClusterResponse:
+        """DescribeCluster."""
+        return await _answer(self._stub.DescribeCluster(pb.DescribeClusterRequest(), timeout=self._deadline_seconds))
+
+
+def _window(window: str | Window) -> Window:
+    if isinstance(window, str):
+        return parse_window(window)
+    if not isinstance(window, GlobalWindow | TumblingWindow):
+        raise InvalidArgumentError(f"{window!r} is no window: write text as in tumbling:1d, or a value of model.py")
+    return window
+
+
+def _refused(error: Exception) -> InvalidArgumentError:
+    """What cannot even be written down as a request, in one class."""
+    if isinstance(error, InvalidArgumentError):
+        return error
+    return InvalidArgumentError(f"the request cannot be written: {error}")
+
+
+async def _answer(call: Awaitable[Response]) -> Response:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
