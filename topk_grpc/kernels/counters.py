@@ -1,0 +1,128 @@
+"""Counting: plays into entries' rows, cells into sums, charts' plays into pairs.
+
+A board's `rows` is int64[entries, 2]: count and place in the chart's heap, one row an entry, so that a play touches one
+cache line. A new row is all zero: no plays, and place 0 stands for "not in the heap" (places are kept plus 1).
+"""
+
+from __future__ import annotations
+
+import cython
+
+
+def expand_charts(
+    chosen: cython.uchar[::1],
+    chart_bounds: cython.int[::1],
+    chart_numbers: cython.int[::1],
+    songs: cython.int[::1],
+    buckets: cython.longlong[::1],
+    counts: cython.longlong[::1],
+    pair_charts: cython.int[::1],
+    pair_songs: cython.int[::1],
+    pair_buckets: cython.longlong[::1],
+    pair_counts: cython.longlong[::1],
+    rows: cython.Py_ssize_t,
+) -> int:
+    """Turns plays that name charts into one row a (play, chart).
+
+    Args:
+        chosen: uint8[rows], 1 where the play counts; the columns after chart_numbers hold only those.
+        chart_bounds: int32[rows + 1], play i names chart_numbers[chart_bounds[i]:chart_bounds[i + 1]].
+        chart_numbers: int32.
+        songs, buckets, counts: of the plays that count, in order.
+        pair_charts, pair_songs, pair_buckets, pair_counts: written.
+        rows: plays.
+
+    Returns:
+        Rows written.
+    """
+    if not cython.compiled:
+        chosen, chart_bounds, chart_numbers = memoryview(chosen), memoryview(chart_bounds), memoryview(chart_numbers)
+        songs, buckets, counts = memoryview(songs), memoryview(buckets), memoryview(counts)
+        pair_charts, pair_songs = memoryview(pair_charts), memoryview(pair_songs)
+        pair_buckets, pair_counts = memoryview(pair_buckets), memoryview(pair_counts)
+    i: cython.Py_ssize_t
+    j: cython.Py_ssize_t
+    play: cython.Py_ssize_t = 0
+    out: cython.Py_ssize_t = 0
+    with cython.nogil:
+        for i in range(rows):
+            if chosen[i] == 0:
+                continue
+            for j in range(chart_bounds[i], chart_bounds[i + 1]):
+                pair_charts[out] = chart_numbers[j]
+                pair_songs[out] = songs[play]
+                pair_buckets[out] = buckets[play]
+                pair_counts[out] = counts[play]
+                out += 1
+            play += 1
+    return out
+
+
+def add_counts(
+    rows: cython.longlong[:, ::1],
+    totals: cython.longlong[:, ::1],
+    entries: cython.int[::1],
+    charts: cython.int[::1],
+    counts: cython.longlong[::1],
+    plays: cython.Py_ssize_t,
+) -> None:
+    """Adds plays to their entries and their charts' totals.
+
+    Args:
+        rows: int64[entries, 2].
+        totals: int64[charts, 2]: plays, and entries that have any.
+        entries, charts, counts: of each play.
+        plays: how many.
+    """
+    if not cython.compiled:
+        rows, totals, entries = memoryview(rows), memoryview(totals), memoryview(entries)
+        charts, counts = memoryview(charts), memoryview(counts)
+    i: cython.Py_ssize_t
+    with cython.nogil:
+        for i in range(plays):
+            if rows[entries[i], 0] == 0:
+                totals[charts[i], 1] += 1
+            rows[entries[i], 0] += counts[i]
+            totals[charts[i], 0] += counts[i]
+
+
+def sum_cells(entries: cython.const[cython.int][::1], counts: cython.const[cython.longlong][::1], sums: cython.longlong[::1], cells: cython.Py_ssize_t) -> None:
+    """Adds cells to their entries' sums.
+
+    Args:
+        entries, counts: of each cell.
+        sums: int64[entries].
+        cells: how many.
+    """
+    if not cython.compiled:
+        entries, counts, sums = memoryview(entries), memoryview(counts), memoryview(sums)
+    i: cython.Py_ssize_t
+    with cython.nogil:
+        for i in range(cells):
+            sums[entries[i]] += counts[i]
+
+
+def reach_limit(counts: cython.longlong[::1], chosen: cython.uchar[::1], total: cython.longlong, limit: cython.longlong, rows: cython.Py_ssize_t) -> int:
+    """How far a running total goes with the chosen plays.
+
+    Args:
+        counts: of each play, each from 1 to `limit`.
+        chosen: uint8[rows], 1 where the play would count; set to 0 where the total would leave the limit.
+        total: so far.
+        limit: the largest total allowed.
+        rows: plays.
+
+    Returns:
+        The total after.
+    """
+    if not cython.compiled:
+        counts, chosen = memoryview(counts), memoryview(chosen)
+    i: cython.Py_ssize_t
+    with cython.nogil:
+        for i in range(rows):
+            if chosen[i] != 0:
+                if counts[i] > limit - total:
+                    chosen[i] = 0
+                else:
+                    total += counts[i]
+    return total
