@@ -1,7 +1,7 @@
-"""A gateway in memory, exact and obedient: a grpc.aio server that counts plays by the rules and fails where it is told to.
+"""A gateway in memory, exact and obedient: a grpc.aio server that counts by the rules and fails where it is told to.
 
-It checks the client while it serves: sequences rise without gaps on a stream, a resend carries the same bytes, and none is
-64 or more above the lowest one that the client can hold for unacknowledged. Violations gather in `violations`.
+It checks the client while it serves: sequences rise without gaps on a stream, a resend carries the same bytes, and none
+is 64 or more above the lowest one that the client can hold for unacknowledged. Violations gather in `violations`.
 """
 
 from __future__ import annotations
@@ -166,7 +166,12 @@ class ModelServer(TopKServiceServicer):
 
     # --- Recording ----------------------------------------------------------------------------------------------------
 
-    async def StreamPlays(self, request_iterator: Any, context: Any) -> None:
+    async def RecordPlays(self, request: pb.RecordPlaysRequest, context: Any) -> pb.RecordPlaysResponse:
+        await self._query("RecordPlays", context)
+        return pb.RecordPlaysResponse.FromString(self.cluster.apply(request.batch).SerializeToString())
+
+    # The stub wants an iterator; grpc.aio serves a coroutine that reads and writes by itself as well.
+    async def StreamPlays(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         self.streams += 1
         script = self.scripts.pop(0) if self.scripts else Script()
         requests: asyncio.Queue[pb.StreamPlaysRequest | None] = asyncio.Queue()

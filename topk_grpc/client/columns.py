@@ -63,7 +63,8 @@ def _int64s(values: Int64s, name: str) -> npt.NDArray[np.int64]:
         raise InvalidArgumentError(
             f"{name} has {array.ndim} dimensions of {array.dtype}: it has to be one row of int64"
         )
-    return np.ascontiguousarray(array, dtype=np.int64)
+    # Writeable, since the kernel's views are; what Arrow hands out is not.
+    return np.require(array, dtype=np.int64, requirements=["C", "W"])
 
 
 def _texts(data: Bytes, offsets: Int64s, rows: int, name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

@@ -2,7 +2,7 @@
 
 Theory of operation. One task runs streams one after the other while there is something to deliver:
 
-    wait for work → back off → StreamPlays (a writer hands out the outbox, a reader takes acknowledgements) → it ends → …
+    wait for work → back off → StreamPlays: a writer hands out batches, a reader takes acknowledgements → it ends → …
 
 - Every end of a stream means the same: open another and send what is unacknowledged again, in order. That holds for OK
   too, which a draining server or one that bounds the age of its streams ends with. Nothing counts twice: a shard knows
@@ -306,9 +306,9 @@ class Delivery:
         self._listener.on_acknowledged(batch, response)
         if response.duplicate and batch.sends == 1 and not self._expect_duplicates:
             raise DuplicateBatchError(
-                f"batch {batch.sequence} was sent once and answered `duplicate`: another process uses this producer_id, or "
-                f"used it up to there. The batch's {batch.plays} plays did not all count. Take a producer_id of its own for "
-                "each process, or go on from the sequence kept with it"
+                f"batch {batch.sequence} was sent once and answered `duplicate`: another process uses this producer_id "
+                f"or used it up to there. The batch's {batch.plays} plays did not all count. Take a producer_id of its "
+                "own for each process, or go on from the sequence kept with it"
             )
         self._listener.on_room()
         self._changed.notify()
