@@ -1,8 +1,8 @@
 """A disk in memory that knows what is durable and what is not: `storage.files.Files` for tests of crashes.
 
 What was written is there for whoever reads it, as in a page cache; it survives a loss of power for certain only after
-`sync` of the file, and its name only after `sync_directory`. `survivors` builds the disks that may be found after such a
-loss. `fault` is called before each operation that changes something, and may raise.
+`sync` of the file, and its name only after `sync_directory`. `survivors` builds the disks that may be found after such
+a loss. `fault` is called before each operation that changes something, and may raise.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class PowerLossError(BaseException):
 
 @dataclass
 class Inode:
+    path: Path  # for faults and messages
     content: bytearray = field(default_factory=bytearray)
     synced: bytes = b""
 
@@ -58,10 +59,10 @@ class SimulatedDisk:
 
     def create(self, path: Path) -> WritableFile:
         self.step("create", path)
-        inode = Inode()
+        inode = Inode(path)
         parent = self._directory(path.parent)
         parent.change({**parent.entries, path.name: inode})
-        return SimulatedFile(self, path, inode)
+        return SimulatedFile(self, inode)
 
     def rename(self, source: Path, target: Path) -> None:
         self.step("rename", target)
@@ -69,7 +70,9 @@ class SimulatedDisk:
         parent = self._directory(source.parent)
         assert not isinstance(parent.entries.get(target.name), Directory)
         entries = dict(parent.entries)
-        entries[target.name] = entries.pop(source.name)
+        entries[target.name] = renamed = entries.pop(source.name)
+        if isinstance(renamed, Inode):
+            renamed.path = target
         parent.change(entries)
 
     def remove(self, path: Path) -> None:
@@ -115,7 +118,7 @@ class SimulatedDisk:
     def write_durably(self, path: Path, content: bytes) -> None:
         """Puts a file there, as an operator or a cosmic ray would."""
         parent = self._directory(path.parent)
-        parent.entries = {**parent.entries, path.name: Inode(bytearray(content), content)}
+        parent.entries = {**parent.entries, path.name: Inode(path, bytearray(content), content)}
         parent.synced = parent.entries
 
     def remove_durably(self, path: Path) -> None:
@@ -156,7 +159,7 @@ class SimulatedDisk:
         def rebuild(entry: Inode | Directory) -> Inode | Directory:
             if isinstance(entry, Inode):
                 data = content(entry)
-                return Inode(bytearray(data), data)
+                return Inode(entry.path, bytearray(data), data)
             entries = {name: rebuild(inner) for name, inner in names(entry).items()}
             return Directory(entries, entries)
 
@@ -191,8 +194,8 @@ class SimulatedDisk:
 
 
 class SimulatedFile:
-    def __init__(self, disk: SimulatedDisk, path: Path, inode: Inode) -> None:
-        self._disk, self._path, self._inode, self._open = disk, path, inode, True
+    def __init__(self, disk: SimulatedDisk, inode: Inode) -> None:
+        self._disk, self._inode, self._open = disk, inode, True
 
     def reserve(self, size: int) -> None:
         self._step("reserve")
@@ -217,8 +220,8 @@ class SimulatedFile:
         self._open = False
 
     def _step(self, operation: str) -> None:
-        assert self._open, f"{operation} of {self._path}, which was closed"
-        self._disk.step(operation, self._path)
+        assert self._open, f"{operation} of {self._inode.path}, which was closed"
+        self._disk.step(operation, self._inode.path)
 
 
 class SimulatedLock:
