@@ -1,8 +1,8 @@
 """The hot loops: plain functions over arrays, no I/O, no clock, no Python objects inside a loop.
 
 Each module is Cython in pure-Python mode: the build compiles it to a machine-code module beside the `.py`; without a
-compiler the `.py` itself runs, with the same results, hundreds of times slower. Compiled loops run with the GIL released. Every
-kernel works on numpy arrays and buffers that its caller owns, sized and grown by the caller beforehand.
+compiler the `.py` itself runs, with the same results, hundreds of times slower. Compiled loops run with the GIL
+released. Every kernel works on numpy arrays and buffers that its caller owns, sized and grown by the caller beforehand.
 
 The build records a hash of each source it compiles. An edited `.py` beside an older compiled module would silently go
 on running the old code, so that is refused at import.

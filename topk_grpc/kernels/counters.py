@@ -86,7 +86,12 @@ def add_counts(
             totals[charts[i], 0] += counts[i]
 
 
-def sum_cells(entries: cython.const[cython.int][::1], counts: cython.const[cython.longlong][::1], sums: cython.longlong[::1], cells: cython.Py_ssize_t) -> None:
+def sum_cells(
+    entries: cython.const[cython.int][::1],
+    counts: cython.const[cython.longlong][::1],
+    sums: cython.longlong[::1],
+    cells: cython.Py_ssize_t,
+) -> None:
     """Adds cells to their entries' sums.
 
     Args:
@@ -102,7 +107,13 @@ def sum_cells(entries: cython.const[cython.int][::1], counts: cython.const[cytho
             sums[entries[i]] += counts[i]
 
 
-def reach_limit(counts: cython.longlong[::1], chosen: cython.uchar[::1], total: cython.longlong, limit: cython.longlong, rows: cython.Py_ssize_t) -> int:
+def reach_limit(
+    counts: cython.longlong[::1],
+    chosen: cython.uchar[::1],
+    total: cython.longlong,
+    limit: cython.longlong,
+    rows: cython.Py_ssize_t,
+) -> int:
     """How far a running total goes with the chosen plays.
 
     Args:

@@ -1,7 +1,7 @@
 """XXH64, seed 0: where a song belongs.
 
-Source: the xxHash specification (github.com/Cyan4973/xxHash, doc/xxhash_spec.md, version 0.1.1). Products are masked to 64
-bits, so that the compiled form (machine words) and the uncompiled one (Python integers) agree.
+Source: the xxHash specification (github.com/Cyan4973/xxHash, doc/xxhash_spec.md, version 0.1.1). Products are masked
+to 64 bits, so that the compiled form (machine words) and the uncompiled one (Python integers) agree.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def _round(lane: cython.ulonglong, word: cython.ulonglong) -> cython.ulonglong:
 @cython.inline
 @cython.nogil
 @cython.exceptval(check=False)
-def _xxh64(data: cython.const[cython.uchar][::1], start: cython.Py_ssize_t, size: cython.Py_ssize_t) -> cython.ulonglong:
+def _xxh64(
+    data: cython.const[cython.uchar][::1], start: cython.Py_ssize_t, size: cython.Py_ssize_t
+) -> cython.ulonglong:
     at: cython.Py_ssize_t = start
     end: cython.Py_ssize_t = start + size
     digest: cython.ulonglong
@@ -147,7 +149,9 @@ def hash_columns(
             hashes[i] = _xxh64(data, starts[i], sizes[i])
 
 
-def hash_strings(data: bytes | NDArray[np.uint8], starts: NDArray[np.int64], sizes: NDArray[np.int32]) -> NDArray[np.uint64]:
+def hash_strings(
+    data: bytes | NDArray[np.uint8], starts: NDArray[np.int64], sizes: NDArray[np.int32]
+) -> NDArray[np.uint64]:
     """The hashes of the strings that `starts` and `sizes` cut out of `data`."""
     hashes = np.empty(len(starts), np.uint64)
     hash_columns(data, starts, sizes, hashes, len(starts))

@@ -1,13 +1,14 @@
-"""The best entries of each chart, kept as plays arrive: an indexed binary min-heap a chart, and selection by the same heap.
+"""The best entries of each chart, kept as plays arrive: an indexed binary min-heap a chart, and selection by the same.
 
-An entry stands before another when its count is higher, or the counts are equal and its song_id is smaller as bytes. The
-root is the worst of the best: a play's entry is let in only when it beats the root, so that most plays cost one
+An entry stands before another when its count is higher, or the counts are equal and its song_id is smaller as bytes.
+The root is the worst of the best: a play's entry is let in only when it beats the root, so that most plays cost one
 comparison. Each heap keeps its own copy of its entries' counts: keys then change one at a time, by `offer`, however
 many rows a batch has changed before, and every step works on a valid heap. (With keys read from the rows a heap is
-wrong in several places at once, and sifting entry by entry does not mend that.) Where an entry lies in its heap is kept in
-its row, plus 1; 0 is "not in it".
+wrong in several places at once, and sifting entry by entry does not mend that.) Where an entry lies in its heap is
+kept in its row, plus 1; 0 is "not in it".
 
-Source: J. W. J. Williams, "Algorithm 232: Heapsort", CACM 7 (1964); the index as in Sedgewick & Wayne, "Algorithms", 2.4.
+Source: J. W. J. Williams, "Algorithm 232: Heapsort", CACM 7 (1964); the index as in Sedgewick & Wayne, "Algorithms",
+section 2.4.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 @cython.nogil
 @cython.exceptval(check=False)
 def _compare_ids(arena: cython.const[cython.uchar][::1], a: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.int:
-    """Below, at or above 0 as the string at `a` is smaller, equal or larger; offsets as `StringTable.starts` has them."""
+    """Below, at or above 0 as the string at `a` is smaller, equal or larger; offsets as in `StringTable.starts`."""
     size_a: cython.int = arena[a - 2] | (arena[a - 1] << 8)
     size_b: cython.int = arena[b - 2] | (arena[b - 1] << 8)
     size: cython.int = size_a if size_a < size_b else size_b
@@ -84,7 +85,15 @@ def _sift_down(
         child = 2 * at + 1
         if child >= size:
             break
-        if child + 1 < size and _before(keys[chart, child], entries[chart, child], keys[chart, child + 1], entries[chart, child + 1], songs, starts, arena):
+        if child + 1 < size and _before(
+            keys[chart, child],
+            entries[chart, child],
+            keys[chart, child + 1],
+            entries[chart, child + 1],
+            songs,
+            starts,
+            arena,
+        ):
             child += 1
         if not _before(key, entry, keys[chart, child], entries[chart, child], songs, starts, arena):
             break

@@ -1,11 +1,11 @@
 """Producers' marks, exact per slot: which batches a slot has decided about.
 
-A mark is the highest sequence seen and a bitmap of the 64 below it: bit j stands for sequence highest - 1 - j. A clear bit
-has not been seen yet and counts; anything older than the bitmap is a duplicate, which is why no producer may send a
-sequence 64 or more above its lowest unacknowledged one.
+A mark is the highest sequence seen and a bitmap of the 64 below it: bit j stands for sequence highest - 1 - j. A clear
+bit has not been seen yet and counts; anything older than the bitmap is a duplicate, which is why no producer may send
+a sequence 64 or more above its lowest unacknowledged one.
 
-Marks lie in an open-addressing table keyed by (producer number, slot), so that a producer of small batches pays only for
-the slots it has touched.
+Marks lie in an open-addressing table keyed by (producer number, slot), so that a producer of small batches pays only
+for the slots it has touched.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def _find(keys: cython.ulonglong[::1], key: cython.ulonglong) -> cython.Py_ssize
     return cython.cast(cython.Py_ssize_t, at)
 
 
-def touch_slots(hashes: cython.ulonglong[::1], rows: cython.Py_ssize_t, slots: cython.int[::1], verdicts: cython.uchar[::1]) -> None:
+def touch_slots(
+    hashes: cython.ulonglong[::1], rows: cython.Py_ssize_t, slots: cython.int[::1], verdicts: cython.uchar[::1]
+) -> None:
     """The slot of each play, and which slots a batch touches at all.
 
     Args:
@@ -138,7 +140,11 @@ def enter(
 ) -> None:
     """Enters marks with distinct keys into a table with room for them."""
     if not cython.compiled:
-        from_keys, from_highest, from_bitmaps = memoryview(from_keys), memoryview(from_highest), memoryview(from_bitmaps)
+        from_keys, from_highest, from_bitmaps = (
+            memoryview(from_keys),
+            memoryview(from_highest),
+            memoryview(from_bitmaps),
+        )
         keys, highest, bitmaps = memoryview(keys), memoryview(highest), memoryview(bitmaps)
     i: cython.Py_ssize_t
     at: cython.Py_ssize_t
@@ -169,8 +175,9 @@ class MarkTable:
 
     def decide(self, verdicts: NDArray[np.uint8], owned: NDArray[np.uint8], producer: int, sequence: int) -> int:
         """Decides the slots that a batch touches; see `check_and_set`."""
-        if 2 * (len(self) + len(verdicts)) > len(self._keys):
-            self._rebuild(2 * len(self._keys), *self._columns())
+        wanted = 2 * (len(self) + len(verdicts))
+        if wanted > len(self._keys):
+            self._rebuild(1 << (wanted - 1).bit_length(), *self._columns())
         return check_and_set(verdicts, owned, producer, sequence, self._keys, self._highest, self._bitmaps, self._used)
 
     def forget(self, producers: NDArray[np.uint64]) -> None:
@@ -183,7 +190,9 @@ class MarkTable:
         present = np.flatnonzero(self._keys)
         return self._keys[present], self._highest[present], self._bitmaps[present]
 
-    def _rebuild(self, capacity: int, keys: NDArray[np.uint64], highest: NDArray[np.uint64], bitmaps: NDArray[np.uint64]) -> None:
+    def _rebuild(
+        self, capacity: int, keys: NDArray[np.uint64], highest: NDArray[np.uint64], bitmaps: NDArray[np.uint64]
+    ) -> None:
         self._keys, self._highest, self._bitmaps = (np.zeros(capacity, np.uint64) for _ in range(3))
         self._used[0] = len(keys)
         enter(keys, highest, bitmaps, self._keys, self._highest, self._bitmaps)

@@ -26,13 +26,18 @@ class Split:
 
     Attributes:
         parts: the `plays` fields of each shard's ShardBatch, ready to be sent; empty where a shard has none.
-        stands_for: for each play the index of the play that it was combined into, its own if it was not, int32[n]; -1: sent to nobody.
+        stands_for: for each play the index of the play that it was combined into, its own if it was not, int32[n];
+            -1: sent to nobody.
         plays: plays sent, before combining.
     """
 
     parts: list[memoryview]
     stands_for: NDArray[np.int32]
     plays: int
+
+
+# _same, _size_of, _put and _unsigned repeat those of wire.py: a C function reaches another module only by way of a .pxd
+# file, which the uncompiled form cannot read, and which would be a second place to keep each signature right.
 
 
 @cython.cfunc
@@ -53,7 +58,9 @@ def _floor(value: cython.longlong, step: cython.longlong) -> cython.longlong:
 @cython.inline
 @cython.nogil
 @cython.exceptval(check=False)
-def _same(data: cython.const[cython.uchar][::1], a: cython.Py_ssize_t, b: cython.Py_ssize_t, size: cython.Py_ssize_t) -> cython.bint:
+def _same(
+    data: cython.const[cython.uchar][::1], a: cython.Py_ssize_t, b: cython.Py_ssize_t, size: cython.Py_ssize_t
+) -> cython.bint:
     i: cython.Py_ssize_t
     for i in range(size):
         if data[a + i] != data[b + i]:
@@ -126,7 +133,12 @@ def _unsigned(value: cython.longlong) -> cython.ulonglong:
 @cython.nogil
 @cython.exceptval(check=False)
 def _put_string(
-    out: cython.uchar[::1], at: cython.Py_ssize_t, tag: cython.uchar, data: cython.const[cython.uchar][::1], start: cython.Py_ssize_t, size: cython.Py_ssize_t
+    out: cython.uchar[::1],
+    at: cython.Py_ssize_t,
+    tag: cython.uchar,
+    data: cython.const[cython.uchar][::1],
+    start: cython.Py_ssize_t,
+    size: cython.Py_ssize_t,
 ) -> cython.Py_ssize_t:
     j: cython.Py_ssize_t
     out[at] = tag
@@ -330,7 +342,10 @@ def split_batch(
     out = np.empty(int(shard_bytes.sum()), np.uint8)
     write_parts(
         data, columns.song_starts, columns.song_sizes, columns.times_ms, columns.counts,
-        columns.chart_bounds, columns.chart_starts, columns.chart_sizes, hashes, owners, bodies, starts.copy(), out, rows,
+        columns.chart_bounds, columns.chart_starts, columns.chart_sizes, hashes, owners, bodies,
+        starts.copy(), out, rows,
     )  # fmt: skip
-    view = memoryview(out)
-    return Split([view[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)], stands_for, plays)
+    view = out.data
+    return Split(
+        [view[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)], stands_for, plays
+    )

@@ -1,6 +1,7 @@
 """Interned strings: each distinct string gets the next small number, for good.
 
-Three arrays, grown by doubling (the old array stays whole for whoever still reads it, so a snapshot needs no copy of the arena):
+Three arrays, grown by doubling (the old array stays whole for whoever still reads it, so a snapshot needs no copy of
+the arena):
 
 - the arena holds one record after another, never changed: number (4 bytes, little endian), size (2 bytes), the bytes;
 - `starts[number]` is where the record's bytes begin in the arena;
@@ -29,7 +30,11 @@ _HEADER = cython.declare(cython.Py_ssize_t, 6)
 @cython.nogil
 @cython.exceptval(check=False)
 def _matches(
-    arena: cython.uchar[::1], record: cython.Py_ssize_t, data: cython.const[cython.uchar][::1], start: cython.Py_ssize_t, size: cython.Py_ssize_t
+    arena: cython.uchar[::1],
+    record: cython.Py_ssize_t,
+    data: cython.const[cython.uchar][::1],
+    start: cython.Py_ssize_t,
+    size: cython.Py_ssize_t,
 ) -> cython.bint:
     i: cython.Py_ssize_t
     if (arena[record + 4] | (arena[record + 5] << 8)) != size:
@@ -66,7 +71,13 @@ def intern(
     """
     if not cython.compiled:
         data, begins, sizes, hashes = memoryview(data), memoryview(begins), memoryview(sizes), memoryview(hashes)
-        index, arena, starts, used, numbers = memoryview(index), memoryview(arena), memoryview(starts), memoryview(used), memoryview(numbers)
+        index, arena, starts, used, numbers = (
+            memoryview(index),
+            memoryview(arena),
+            memoryview(starts),
+            memoryview(used),
+            memoryview(numbers),
+        )
     i: cython.Py_ssize_t
     j: cython.Py_ssize_t
     at: cython.ulonglong
@@ -89,7 +100,9 @@ def intern(
                         break
                     number = used[0]
                     record = cython.cast(cython.Py_ssize_t, used[1])
-                    index[cython.cast(cython.Py_ssize_t, at)] = (tag << _TAG_SHIFT) | cython.cast(cython.ulonglong, record + 1)
+                    index[cython.cast(cython.Py_ssize_t, at)] = (tag << _TAG_SHIFT) | cython.cast(
+                        cython.ulonglong, record + 1
+                    )
                     arena[record] = cython.cast(cython.uchar, number & 255)
                     arena[record + 1] = cython.cast(cython.uchar, (number >> 8) & 255)
                     arena[record + 2] = cython.cast(cython.uchar, (number >> 16) & 255)
@@ -106,13 +119,22 @@ def intern(
                 if (slot >> _TAG_SHIFT) == tag:
                     record = cython.cast(cython.Py_ssize_t, slot & _OFFSET_MASK) - 1
                     if _matches(arena, record, data, begins[i], size):
-                        numbers[i] = arena[record] | (arena[record + 1] << 8) | (arena[record + 2] << 16) | (arena[record + 3] << 24)
+                        numbers[i] = (
+                            arena[record]
+                            | (arena[record + 1] << 8)
+                            | (arena[record + 2] << 16)
+                            | (arena[record + 3] << 24)
+                        )
                         break
                 at = (at + 1) & mask
 
 
 def place(
-    hashes: cython.ulonglong[::1], starts: cython.longlong[::1], index: cython.ulonglong[::1], first: cython.Py_ssize_t, rows: cython.Py_ssize_t
+    hashes: cython.ulonglong[::1],
+    starts: cython.longlong[::1],
+    index: cython.ulonglong[::1],
+    first: cython.Py_ssize_t,
+    rows: cython.Py_ssize_t,
 ) -> None:
     """Enters the strings `first` to `first + rows`, known to be distinct, into an index with room for them.
 
@@ -192,7 +214,11 @@ class StringTable:
         return self.arena[starts - 2].astype(np.int32) | (self.arena[starts - 1].astype(np.int32) << 8)
 
     def add(
-        self, data: bytes | memoryview | NDArray[np.uint8], begins: NDArray[np.int64], sizes: NDArray[np.int32], hashes: NDArray[np.uint64]
+        self,
+        data: bytes | memoryview | NDArray[np.uint8],
+        begins: NDArray[np.int64],
+        sizes: NDArray[np.int32],
+        hashes: NDArray[np.uint64],
     ) -> NDArray[np.int32]:
         """The strings' numbers; new ones are added.
 
@@ -207,11 +233,17 @@ class StringTable:
         return numbers
 
     def find(
-        self, data: bytes | memoryview | NDArray[np.uint8], begins: NDArray[np.int64], sizes: NDArray[np.int32], hashes: NDArray[np.uint64]
+        self,
+        data: bytes | memoryview | NDArray[np.uint8],
+        begins: NDArray[np.int64],
+        sizes: NDArray[np.int32],
+        hashes: NDArray[np.uint64],
     ) -> NDArray[np.int32]:
         """The strings' numbers; -1 for unknown ones."""
         numbers = np.empty(len(begins), np.int32)
-        intern(data, begins, sizes, hashes, self._index, self.arena, self.starts, self._used, numbers, len(begins), False)
+        intern(
+            data, begins, sizes, hashes, self._index, self.arena, self.starts, self._used, numbers, len(begins), False
+        )
         return numbers
 
     def _columns_of(self, texts: list[str]) -> tuple[bytes, NDArray[np.int64], NDArray[np.int32], NDArray[np.uint64]]:

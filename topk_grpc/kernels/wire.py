@@ -1,12 +1,12 @@
 """Play batches as protobuf bytes: read into columns, written from columns, without a message object a play.
 
-What is read is what any protobuf writer may produce for protos/topk/v1/play.proto: fields in any order and repeated (the last
-one wins), unknown fields and groups (skipped), a known number under another wire type (unknown, too), the batch in several
-pieces (merged). One reader serves `PlayBatch` from clients and `ShardBatch` from gateways, since their field numbers
-agree; a `Play` simply has no field 5.
+What is read is what any protobuf writer may produce for protos/topk/v1/play.proto: fields in any order and repeated
+(the last one wins), unknown fields and groups (skipped), a known number under another wire type (unknown, too), the
+batch in several pieces (merged). One reader serves `PlayBatch` from clients and `ShardBatch` from gateways, since their
+field numbers agree; a `Play` simply has no field 5.
 
-Where a play as such is wrong (its id, its time, ...) its row carries a reason and the rest of the batch counts. Where the
-bytes are no protobuf message everything is refused: what follows cannot be trusted.
+Where a play as such is wrong (its id, its time, ...) its row carries a reason and the rest of the batch counts. Where
+the bytes are no protobuf message everything is refused: what follows cannot be trusted.
 
 Source: protobuf.dev, "Encoding". Held against protobuf's own codec in tests/kernels/test_wire.py.
 """
@@ -44,7 +44,9 @@ REASONS = (
 )
 """What the column `reasons` of `PlayColumns` means; 0: the play is valid."""
 
-_GROUP_DEPTH_MAX = cython.declare(cython.int, 100)  # protobuf's own limit
+_DEPTH_MAX = cython.declare(cython.int, 100)
+_BATCH_DEPTH = cython.declare(cython.int, 1)
+_PLAY_DEPTH = cython.declare(cython.int, 2)
 _EMPTY_SONG_ID = cython.declare(cython.uchar, 1)
 _SONG_ID_TOO_LONG = cython.declare(cython.uchar, 2)
 _INVALID_UTF8 = cython.declare(cython.uchar, 3)
@@ -56,7 +58,6 @@ _COUNT_TOO_LARGE = cython.declare(cython.uchar, 8)
 _TOO_MANY_CHARTS = cython.declare(cython.uchar, 9)
 _EMPTY_CHART = cython.declare(cython.uchar, 10)
 _CHART_TOO_LONG = cython.declare(cython.uchar, 11)
-
 
 
 @dataclass(slots=True)
@@ -97,7 +98,8 @@ class PlayColumns:
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
-# `cursor` is a longlong[2]: where to read next, and the value read last. Readers return False at bytes that are no protobuf.
+# As in protobuf's own reader a tag and a length take at most five bytes, a value ten, and messages and groups together
+# nest at most 100 deep: a batch is the first level below the request, a play the second.
 
 
 @cython.cfunc
@@ -115,7 +117,9 @@ def _signed(value: cython.ulonglong) -> cython.longlong:
 @cython.inline
 @cython.nogil
 @cython.exceptval(check=False)
-def _varint_size(data: cython.const[cython.uchar][::1], at: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
+def _varint_size(
+    data: cython.const[cython.uchar][::1], at: cython.Py_ssize_t, end: cython.Py_ssize_t
+) -> cython.Py_ssize_t:
     """Bytes of the varint at `at`; 0 if it is cut off or longer than ten."""
     i: cython.Py_ssize_t
     for i in range(10):
@@ -144,7 +148,11 @@ def _varint(data: cython.const[cython.uchar][::1], at: cython.Py_ssize_t, size: 
 @cython.nogil
 @cython.exceptval(check=False)
 def _skip(
-    data: cython.const[cython.uchar][::1], tag: cython.ulonglong, at: cython.Py_ssize_t, end: cython.Py_ssize_t, depth: cython.int
+    data: cython.const[cython.uchar][::1],
+    tag: cython.ulonglong,
+    at: cython.Py_ssize_t,
+    end: cython.Py_ssize_t,
+    depth: cython.int,
 ) -> cython.Py_ssize_t:
     """Where the field whose tag was just read ends; -1 if it does not end within `end`."""
     kind: cython.ulonglong = tag & 7
@@ -162,7 +170,7 @@ def _skip(
         return at + 4 if at + 4 <= end else -1
     if kind == 2:
         size = _varint_size(data, at, end)
-        if size == 0:
+        if size == 0 or size > 5:
             return -1
         length = _varint(data, at, size)
         at += size
@@ -170,7 +178,7 @@ def _skip(
             return -1
         return at + cython.cast(cython.Py_ssize_t, length)
     if kind == 3:
-        if depth >= _GROUP_DEPTH_MAX:
+        if depth >= _DEPTH_MAX:
             return -1
         while True:
             size = _varint_size(data, at, end)
@@ -184,8 +192,6 @@ def _skip(
             if at < 0:
                 return -1
     return -1
-
-
 
 
 @cython.cfunc
@@ -240,7 +246,9 @@ def _is_utf8(data: cython.const[cython.uchar][::1], start: cython.Py_ssize_t, si
 @cython.inline
 @cython.nogil
 @cython.exceptval(check=False)
-def _same(data: cython.const[cython.uchar][::1], a: cython.Py_ssize_t, b: cython.Py_ssize_t, size: cython.Py_ssize_t) -> cython.bint:
+def _same(
+    data: cython.const[cython.uchar][::1], a: cython.Py_ssize_t, b: cython.Py_ssize_t, size: cython.Py_ssize_t
+) -> cython.bint:
     i: cython.Py_ssize_t
     for i in range(size):
         if data[a + i] != data[b + i]:
@@ -297,7 +305,7 @@ def _read_play(  # noqa: PLR0914
             at += size
         if tag == 10 or tag == 34:
             size = _varint_size(data, at, end)
-            if size == 0:
+            if size == 0 or size > 5:
                 return False
             length = _varint(data, at, size)
             at += size
@@ -315,7 +323,9 @@ def _read_play(  # noqa: PLR0914
             else:
                 known = False
                 for i in range(first, used):
-                    if chart_sizes[i] == cython.cast(cython.int, length) and _same(data, chart_starts[i], at, chart_sizes[i]):
+                    if chart_sizes[i] == cython.cast(cython.int, length) and _same(
+                        data, chart_starts[i], at, chart_sizes[i]
+                    ):
                         known = True
                         break
                 if not known:
@@ -339,7 +349,7 @@ def _read_play(  # noqa: PLR0914
             else:
                 index = length & _MASK32
         else:
-            at = _skip(data, tag, at, end, 0)
+            at = _skip(data, tag, at, end, _PLAY_DEPTH)
             if at < 0:
                 return False
     if song_size == 0:
@@ -397,7 +407,7 @@ def scan_batch(
         at += size
         if tag == 34 or tag == 10:
             size = _varint_size(data, at, end)
-            if size == 0:
+            if size == 0 or size > 5:
                 return False
             length = _varint(data, at, size)
             at += size
@@ -416,7 +426,7 @@ def scan_batch(
             found[3 if tag == 16 else 4] = _signed(_varint(data, at, size))
             at += size
         else:
-            at = _skip(data, tag, at, end, 0)
+            at = _skip(data, tag, at, end, _BATCH_DEPTH)
             if at < 0:
                 return False
     return True
@@ -449,7 +459,11 @@ def read_plays(
         data = memoryview(data)
         song_starts, song_sizes, times = memoryview(song_starts), memoryview(song_sizes), memoryview(times)
         counts, indexes, reasons = memoryview(counts), memoryview(indexes), memoryview(reasons)
-        chart_bounds, chart_starts, chart_sizes = memoryview(chart_bounds), memoryview(chart_starts), memoryview(chart_sizes)
+        chart_bounds, chart_starts, chart_sizes = (
+            memoryview(chart_bounds),
+            memoryview(chart_starts),
+            memoryview(chart_sizes),
+        )
     at: cython.Py_ssize_t = start
     stop: cython.Py_ssize_t
     tag: cython.ulonglong
@@ -472,7 +486,7 @@ def read_plays(
                 row += 1
                 at = stop
             else:
-                at = _skip(data, tag, at, end, 0)
+                at = _skip(data, tag, at, end, _BATCH_DEPTH)
     return -1 - bad if bad >= 0 else row
 
 
@@ -512,7 +526,7 @@ def find_messages(
         at += size
         if tag == ((field << 3) | 2):
             size = _varint_size(data, at, end)
-            if size == 0:
+            if size == 0 or size > 5:
                 return -1
             length = _varint(data, at, size)
             at += size
@@ -536,7 +550,9 @@ def find_messages(
     return found
 
 
-def message_spans(data: bytes | memoryview, start: int, end: int, field: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def message_spans(
+    data: bytes | memoryview, start: int, end: int, field: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where the sub-messages number `field` of a message lie, and its varints.
 
     Returns:
@@ -552,7 +568,9 @@ def message_spans(data: bytes | memoryview, start: int, end: int, field: int) ->
         spans = np.empty((found, 2), np.int64)
         found = find_messages(data, start, end, field, spans, numbers)
     if found < 0:
-        raise InvalidArgumentError("the request's bytes are no protobuf message: generate the client from protos/topk/v1")
+        raise InvalidArgumentError(
+            "the request's bytes are no protobuf message: generate the client from protos/topk/v1"
+        )
     return spans[:found], numbers
 
 
@@ -578,7 +596,9 @@ def decode_batch(
     head = np.zeros(5, np.int64)
     for start, end in spans:
         if not scan_batch(data, start, end, head):
-            raise InvalidArgumentError("the batch's bytes are no protobuf message: generate the client from protos/topk/v1")
+            raise InvalidArgumentError(
+                "the batch's bytes are no protobuf message: generate the client from protos/topk/v1"
+            )
     plays = int(head[0])
     if plays > plays_max:
         raise InvalidArgumentError(f"the batch has {plays} plays, at most {plays_max} are taken: send it in several")
@@ -586,18 +606,21 @@ def decode_batch(
     columns = PlayColumns(
         plays, int(head[1]), int(head[2]), int(head[3]) & 0xFFFFFFFFFFFFFFFF, int(head[4]),
         np.empty(plays, np.int64), np.empty(plays, np.int32), np.empty(plays, np.int64), np.empty(plays, np.int64),
-        np.empty(plays, np.uint32), np.zeros(plays + 1, np.int32), np.empty(charts_room, np.int64), np.empty(charts_room, np.int32),
-        np.empty(plays, np.uint8),
+        np.empty(plays, np.uint32), np.zeros(plays + 1, np.int32), np.empty(charts_room, np.int64),
+        np.empty(charts_room, np.int32), np.empty(plays, np.uint8),
     )  # fmt: skip
     row = 0
     for start, end in spans:
         row = read_plays(
-            data, start, end, row, columns.song_starts, columns.song_sizes, columns.times_ms, columns.counts, columns.indexes,
-            columns.chart_bounds, columns.chart_starts, columns.chart_sizes, columns.reasons,
+            data, start, end, row, columns.song_starts, columns.song_sizes, columns.times_ms, columns.counts,
+            columns.indexes, columns.chart_bounds, columns.chart_starts, columns.chart_sizes, columns.reasons,
             song_bytes_max, charts_max, chart_bytes_max,
         )  # fmt: skip
         if row < 0:
-            raise InvalidArgumentError(f"the play at byte {-1 - row} of the request is no protobuf message: generate the client from protos/topk/v1")
+            raise InvalidArgumentError(
+                f"the play at byte {-1 - row} of the request is no protobuf message: "
+                "generate the client from protos/topk/v1"
+            )
     return columns
 
 
@@ -757,7 +780,8 @@ def encode_batch_columns(
 
     Args:
         producer_id, sequence, first_sent_ms: the batch's own.
-        song_data, song_offsets: as Arrow keeps strings: song i is song_data[song_offsets[i]:song_offsets[i + 1]], int64[n + 1].
+        song_data, song_offsets: as Arrow keeps strings: song i is song_data[song_offsets[i]:song_offsets[i + 1]];
+            int64[n + 1].
         played_at_ms: int64[n].
         counts: int64[n]; None: all 1.
         chart_data, chart_offsets: at most one chart a play in the same form; an empty name is none.
@@ -770,10 +794,17 @@ def encode_batch_columns(
         room += int(chart_offsets[rows] - chart_offsets[0])
     out = np.empty(room, np.uint8)
     used = write_plays(
-        out, song_data, song_offsets, played_at_ms, _NO_NUMBERS if counts is None else counts, chart_data, chart_offsets, rows
+        out,
+        song_data,
+        song_offsets,
+        played_at_ms,
+        _NO_NUMBERS if counts is None else counts,
+        chart_data,
+        chart_offsets,
+        rows,
     )
     header = batch_header(producer_id, sequence, first_sent_ms)
-    return b"".join((b"\x0a", varint(len(header) + used), header, memoryview(out)[:used]))
+    return b"".join((b"\x0a", varint(len(header) + used), header, out[:used].data))
 
 
 def encode_batch(
