@@ -23,7 +23,9 @@ BATCH_BYTES_MAX: Final = 4 << 20
 PLAY_BYTES_MAX: Final = 64 << 10
 """A play larger than this is refused here: no cluster counts it, and its whole batch could become too large to send."""
 
-_INT64_LIMIT: Final = 1 << 63
+_TEXT_MAX: Final = PLAY_BYTES_MAX // 4
+_INT64_LEAST: Final = -(1 << 63)
+_INT64_MOST: Final = (1 << 63) - 1
 
 
 class Added(Enum):
@@ -37,13 +39,12 @@ class Added(Enum):
 
 @dataclass(slots=True)
 class Rows:
-    """Plays by column; `counts` and `charts` are None where no play needs them."""
+    """Plays by column: lists, since a tuple for each play would keep the garbage collector busy."""
 
     song_ids: list[str] = field(default_factory=list)
     played_at_ms: list[int] = field(default_factory=list)
-    counts: list[int] | None = None
-    charts: list[tuple[str, ...]] | None = None
-    size_bytes: int = 0
+    counts: list[int] = field(default_factory=list)
+    charts: list[tuple[str, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.song_ids)
@@ -61,6 +62,7 @@ class PlayBuffer:
         self._plays_max = plays_max
         self._lock = threading.Lock()
         self._rows = Rows()
+        self._size_bytes = 0
         self._full = False
         self._closed = False
         self.generation = 0
@@ -90,26 +92,22 @@ class PlayBuffer:
             if self._full:
                 return Added.REFUSED
             rows = self._rows
-            if count != 1 and rows.counts is None:
-                rows.counts = [1] * len(rows)
-            if charts and rows.charts is None:
-                rows.charts = [()] * len(rows)
-            rows.song_ids.append(song_id)
+            song_ids = rows.song_ids
+            song_ids.append(song_id)
             rows.played_at_ms.append(played_at_ms)
-            if rows.counts is not None:
-                rows.counts.append(count)
-            if rows.charts is not None:
-                rows.charts.append(charts)
-            rows.size_bytes += size_bytes
-            if len(rows) >= self._plays_max or rows.size_bytes >= BATCH_BYTES_MAX:
+            rows.counts.append(count)
+            rows.charts.append(charts)
+            self._size_bytes += size_bytes
+            if len(song_ids) >= self._plays_max or self._size_bytes >= BATCH_BYTES_MAX:
                 self._full = True
                 return Added.FULL
-            return Added.FIRST if len(rows) == 1 else Added.QUIET
+            return Added.FIRST if len(song_ids) == 1 else Added.QUIET
 
     def take(self) -> Rows:
         """Empties the buffer."""
         with self._lock:
             rows, self._rows = self._rows, Rows()
+            self._size_bytes = 0
             self._full = False
             self.generation += 1
             return rows
@@ -131,6 +129,11 @@ def check_play(
     Raises:
         InvalidArgumentError: a wrong type, a number beyond 64 bits, text that is no Unicode, or far too much of it.
     """
+    if type(played_at) is int and type(count) is int and type(song_id) is str and not charts:
+        # The common play, in half the time.
+        in_range = _INT64_LEAST <= played_at <= _INT64_MOST and _INT64_LEAST <= count <= _INT64_MOST
+        if in_range and song_id.isascii() and len(song_id) <= _TEXT_MAX:
+            return played_at, count, ()
     try:
         played_at_ms = to_epoch_ms(played_at) if isinstance(played_at, datetime) else operator.index(played_at)
         count = operator.index(count)
@@ -139,7 +142,7 @@ def check_play(
             f"played_at {played_at!r}, count {count!r}: a time is whole milliseconds since the epoch or a datetime, "
             "a count is a whole number"
         ) from error
-    if not (-_INT64_LIMIT <= played_at_ms < _INT64_LIMIT and -_INT64_LIMIT <= count < _INT64_LIMIT):
+    if not (_INT64_LEAST <= played_at_ms <= _INT64_MOST and _INT64_LEAST <= count <= _INT64_MOST):
         raise InvalidArgumentError(f"played_at {played_at_ms} and count {count} have to fit 64 signed bits")
     _check_text(song_id, "song_id")
     if not charts:
@@ -149,7 +152,7 @@ def check_play(
     charts = tuple(charts)
     for chart in charts:
         _check_text(chart, "chart")
-    if sum(map(len, charts)) + 2 * len(charts) > PLAY_BYTES_MAX // 4:
+    if sum(map(len, charts)) + 2 * len(charts) > _TEXT_MAX:
         raise InvalidArgumentError(f"a play names {len(charts)} charts: no cluster takes more than 8, of 64 bytes each")
     return played_at_ms, count, charts
 
@@ -157,7 +160,7 @@ def check_play(
 def _check_text(text: str, name: str) -> None:
     if not isinstance(text, str):
         raise InvalidArgumentError(f"{name} is {text!r}: it has to be a str")
-    if len(text) > PLAY_BYTES_MAX // 4:
+    if len(text) > _TEXT_MAX:
         raise InvalidArgumentError(f"{name} has {len(text)} characters: no cluster takes more than 128 bytes")
     if not text.isascii():
         try:

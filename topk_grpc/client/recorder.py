@@ -23,7 +23,7 @@ from topk_grpc.client.options import RecordOptions
 from topk_grpc.client.outbox import OutgoingBatch
 from topk_grpc.client.stats import ClientStats
 from topk_grpc.errors import RejectedPlaysError
-from topk_grpc.kernels import wire
+from topk_grpc.kernels.wire import encode_batch, encode_batch_columns
 from topk_grpc.model import Play, Rejected
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 
@@ -92,7 +92,7 @@ class Recorder:
     async def record_columns(self, columns: Columns) -> int:
         """Sends exactly one batch; waits while there is no room for it. Returns its sequence."""
         await self._delivery.wait_until(lambda: self._delivery.has_room, self._until(), "no room for another batch")
-        payload = wire.encode_batch_columns(
+        payload = encode_batch_columns(
             self._producer_id,
             self._delivery.next_sequence,
             self._first_sent_ms(),
@@ -175,14 +175,14 @@ class Recorder:
         if not len(rows):
             return
         try:
-            payload = wire.encode_batch(
+            payload = encode_batch(
                 self._producer_id,
                 self._delivery.next_sequence,
                 self._first_sent_ms(),
                 rows.song_ids,
                 rows.played_at_ms,
-                rows.counts,
-                rows.charts,
+                rows.counts if any(count != 1 for count in rows.counts) else None,
+                rows.charts if any(rows.charts) else None,
             )
         except Exception as error:
             # `add` lets nothing pass that does not encode. Should it happen all the same, plays are lost: say so.
