@@ -24,6 +24,7 @@ from topk_grpc.errors import StorageError, WriteFailedError
 from topk_grpc.storage.files import Files, WritableFile
 from topk_grpc.storage.log_format import (
     GROUP_HEADER_BYTES,
+    RECORD_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
     Record,
     SegmentHeader,
@@ -77,6 +78,21 @@ class Log:
     def position(self) -> int:
         """The durable end: bytes since the log began, over all segments."""
         return self._position
+
+    def reserve(self, records: int, payload_bytes: int) -> None:
+        """Sees to it that a group of so many records with so many bytes of payload has its place on disk.
+
+        Whoever decides about records on the ground of what the log will hold asks first: an `append_group` that is no larger
+        then meets no full disk.
+
+        Raises:
+            DiskFullError: nothing was written; the log is as it was, and can be used on.
+            WriteFailedError: as for `append_group`.
+        """
+        self._check_usable()
+        size = GROUP_HEADER_BYTES + records * RECORD_HEADER_BYTES + payload_bytes
+        if self._offset + size + SEAL_BYTES > self._header.reserved:
+            self._roll(size)
 
     def append_group(self, records: Sequence[Record]) -> int:
         """Appends the records as one group: recovery finds all of them or none. Returns after fdatasync.

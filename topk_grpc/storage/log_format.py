@@ -148,6 +148,7 @@ def _decode_record(data: memoryview, offset: int, end: int) -> tuple[int, int, i
 #             the proof above
 
 _GROUP: Final = struct.Struct("<Q8sII")
+RECORD_HEADER_BYTES: Final = _RECORD.size
 GROUP_HEADER_BYTES: Final = _RECORD.size + _GROUP.size
 _SALT_AT: Final = _RECORD.size + 8
 

@@ -1,0 +1,234 @@
+"""Admission: what counts of a request and what does not, decided once, before it is logged.
+
+A request holds parts of several clients' batches. For each part: which of its slots this shard owns, which have counted
+the batch before, which plays are rejected. The marks are set here, so that the next part of the same group is decided
+against this one. What was decided stands in the record (only where something does not count); replay follows it.
+
+Theory of operation: a part is read into columns once. `Part.chosen` says which rows count, and `apply` takes it from
+there after the record is on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topk_grpc.engine.producers import Producer
+from topk_grpc.engine.state import GLOBAL, ShardState
+from topk_grpc.errors import InvalidArgumentError
+from topk_grpc.kernels.counters import reach_limit
+from topk_grpc.kernels.hash import hash_strings
+from topk_grpc.kernels.marks import APPLY, DUPLICATE, NOT_OWNER, touch_slots
+from topk_grpc.kernels.wire import REASONS, PlayColumns, decode_batch, message_spans, varint
+from topk_grpc.model import COUNT_MAX
+from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+
+SONG_BYTES_MAX: Final = 128
+CHARTS_PER_PLAY_MAX: Final = 8
+CHART_BYTES_MAX: Final = 64
+PLAYS_MAX: Final = 65_536
+
+_IN_FUTURE: Final = pb.REJECT_REASON_IN_FUTURE
+_CHART_LIMIT: Final = pb.REJECT_REASON_CHART_LIMIT
+_MEMORY_LIMIT: Final = pb.REJECT_REASON_MEMORY_LIMIT
+_TOTAL_OVERFLOW: Final = pb.REJECT_REASON_TOTAL_OVERFLOW
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What admission holds plays against.
+
+    Attributes:
+        now_ms: the shard's clock.
+        future_ms: how far ahead of it a play may be.
+        producer_ttl_ms: after how long an idle producer may have been forgotten.
+        charts_max: the most charts of a shard.
+        memory_bytes_max: the budget; 0 is none.
+    """
+
+    now_ms: int
+    future_ms: int = 300_000
+    producer_ttl_ms: int = 30 * 86_400_000
+    charts_max: int = 10_000
+    memory_bytes_max: int = 0
+
+
+@dataclass(slots=True)
+class Part:
+    """One part of a request, decided.
+
+    Attributes:
+        columns: its plays; offsets point into the request.
+        hashes: of the songs.
+        chosen: uint8[n], 1 where the play counts; None: all of them.
+        chart_numbers: of the columns' chart names; None where nothing names a chart.
+        outcome: what the gateway is told.
+        verdict: what the log is told; None where all counts.
+        changes: whether anything of it has to be logged.
+    """
+
+    columns: PlayColumns
+    hashes: NDArray[np.uint64]
+    chosen: NDArray[np.uint8] | None = None
+    chart_numbers: NDArray[np.int32] | None = None
+    outcome: pb.BatchOutcome = field(default_factory=pb.BatchOutcome)
+    verdict: pb.Verdict | None = None
+    changes: bool = False
+
+
+@dataclass(slots=True)
+class Admission:
+    """A request, decided.
+
+    Attributes:
+        request: its bytes.
+        request_id: its number on its stream.
+        parts: in order.
+        payload: of the log record, in pieces; empty where nothing changes.
+    """
+
+    request: bytes
+    request_id: int
+    parts: list[Part]
+    payload: list[bytes]
+
+    def response(self) -> bytes:
+        """The AppendResponse, once the record is durable and applied."""
+        return pb.AppendResponse(request_id=self.request_id, outcomes=[part.outcome for part in self.parts]).SerializeToString()
+
+
+def read_request(request: bytes | memoryview) -> tuple[list[Part], int]:
+    """Reads an AppendRequest into parts, without deciding anything.
+
+    Raises:
+        InvalidArgumentError: its bytes are no such message, or hold what a gateway never sends.
+    """
+    spans, numbers = message_spans(request, 0, len(request), 3)
+    parts: list[Part] = []
+    for index, span in enumerate(spans.tolist()):
+        columns = decode_batch(request, [span], SONG_BYTES_MAX, CHARTS_PER_PLAY_MAX, CHART_BYTES_MAX, PLAYS_MAX)
+        wrong = np.flatnonzero(columns.reasons)
+        if len(wrong):
+            reason = REASONS[columns.reasons[wrong[0]]]
+            raise InvalidArgumentError(f"part {index} of the request, play {wrong[0]}: {reason}; gateways send checked plays only")
+        if not columns.sequence or not columns.producer_size:
+            raise InvalidArgumentError(f"part {index} of the request has no producer_id or no sequence; gateways send checked batches only")
+        parts.append(Part(columns, hash_strings(request, columns.song_starts, columns.song_sizes)))
+    return parts, int(numbers[1])
+
+
+def admit(state: ShardState, request: bytes, limits: Limits) -> Admission:
+    """Decides about a request and sets its marks.
+
+    Raises:
+        InvalidArgumentError: its bytes are no AppendRequest; nothing was changed.
+    """
+    parts, request_id = read_request(request)
+    for index, part in enumerate(parts):
+        _decide(state, request, part, limits)
+        if part.verdict is not None:
+            part.verdict.batch = index
+    payload: list[bytes] = []
+    if any(part.changes for part in parts):
+        rest = pb.AppendRecord(verdicts=[part.verdict for part in parts if part.verdict], admitted_ms=limits.now_ms)
+        payload = [b"\x0a" + varint(len(request)), request, rest.SerializeToString()]
+    return Admission(request, request_id, parts, payload)
+
+
+def _decide(state: ShardState, request: bytes, part: Part, limits: Limits) -> None:
+    columns = part.columns
+    producer_id = bytes(request[columns.producer_start : columns.producer_start + columns.producer_size])
+    known = state.producers.get(producer_id)
+    if known is None and 0 < columns.first_sent_ms < limits.now_ms - limits.producer_ttl_ms:
+        part.outcome.refusal = pb.REFUSAL_PRODUCER_EXPIRED
+        part.verdict = pb.Verdict(refusal=pb.REFUSAL_PRODUCER_EXPIRED)
+        part.chosen = np.zeros(columns.count, np.uint8)
+        return
+    producer = known or state.producers.get_or_add(producer_id)
+    slots = np.empty(columns.count, np.int32)
+    verdicts = np.zeros(state.settings.slots, np.uint8)
+    touch_slots(part.hashes, columns.count, slots, verdicts)
+    occurred = state.producers.marks.decide(verdicts, state.owned, producer.number, columns.sequence)
+    part.changes = bool(occurred & 1 << APPLY)
+    if occurred & ~(1 << APPLY):
+        part.chosen = (verdicts[slots] == APPLY).astype(np.uint8)
+        part.verdict = pb.Verdict(skipped_slots=np.flatnonzero(verdicts > APPLY).tolist())
+        part.outcome.not_owner_slots.extend(np.flatnonzero(verdicts == NOT_OWNER).tolist())
+    if occurred & 1 << DUPLICATE:
+        part.outcome.duplicate = True
+        for index, reason in producer.rejects.get(columns.sequence, ()):
+            part.outcome.rejected_indexes.append(index)
+            part.outcome.rejected_reasons.append(reason)  # type: ignore[arg-type]
+    if part.changes:
+        rejects = _reject(state, request, part, limits)
+        state.producers.seen(producer, limits.now_ms, permanent=not columns.first_sent_ms)
+        _note_rejects(state, part, producer, rejects)
+
+
+def _note_rejects(state: ShardState, part: Part, producer: Producer, rejects: list[tuple[int, int]]) -> None:
+    if not rejects:
+        return
+    state.producers.remember_rejects(producer, part.columns.sequence, rejects)
+    if part.verdict is None:
+        part.verdict = pb.Verdict()
+    for target in (part.outcome, part.verdict):
+        target.rejected_indexes.extend(index for index, _ in rejects)
+        target.rejected_reasons.extend(reason for _, reason in rejects)  # type: ignore[misc]
+
+
+def _reject(state: ShardState, request: bytes, part: Part, limits: Limits) -> list[tuple[int, int]]:
+    """Takes out the plays that must not count; index and reason of each."""
+    columns = part.columns
+    rejects: list[tuple[int, int]] = []
+
+    def take_out(rows: NDArray[np.intp], reason: int) -> None:
+        if part.chosen is None:
+            part.chosen = np.ones(columns.count, np.uint8)
+        rows = rows[part.chosen[rows] == 1]
+        part.chosen[rows] = 0
+        rejects.extend((index, reason) for index in columns.indexes[rows].tolist())
+
+    horizon = limits.now_ms + limits.future_ms
+    if columns.count and int(columns.times_ms.max()) > horizon:
+        take_out(np.flatnonzero(columns.times_ms > horizon), _IN_FUTURE)
+    if limits.memory_bytes_max and state.memory_bytes > limits.memory_bytes_max:
+        songs = state.songs.find(request, columns.song_starts, columns.song_sizes, part.hashes)
+        take_out(np.flatnonzero(songs < 0), _MEMORY_LIMIT)
+    if columns.charts_used:
+        _intern_charts(state, request, part, limits.charts_max, take_out)
+    total = state.boards[GLOBAL].totals(0)[0] + state.pending_plays
+    if columns.count and total + columns.count * int(columns.counts.max()) > COUNT_MAX:
+        chosen = np.ones(columns.count, np.uint8) if part.chosen is None else part.chosen.copy()
+        before = chosen.copy()
+        reach_limit(columns.counts, chosen, total, COUNT_MAX, columns.count)
+        take_out(np.flatnonzero(before != chosen), _TOTAL_OVERFLOW)
+    counted = columns.counts if part.chosen is None else columns.counts[part.chosen == 1]
+    state.pending_plays += int(counted.sum())
+    return rejects
+
+
+def _intern_charts(state: ShardState, request: bytes, part: Part, charts_max: int, take_out: object) -> None:
+    """Numbers the chart names; plays that name one more than the shard may have are taken out."""
+    columns = part.columns
+    used = columns.charts_used
+    starts, sizes = columns.chart_starts[:used], columns.chart_sizes[:used]
+    hashes = hash_strings(request, starts, sizes)
+    numbers = state.charts.find(request, starts, sizes, hashes)
+    if (numbers < 0).any():
+        chosen = np.ones(columns.count, np.uint8) if part.chosen is None else part.chosen
+        refused: list[int] = []
+        for play in np.flatnonzero(chosen).tolist():
+            own = slice(int(columns.chart_bounds[play]), int(columns.chart_bounds[play + 1]))
+            fresh = numbers[own] < 0
+            if not fresh.any():
+                continue
+            found = state.charts.find(request, starts[own], sizes[own], hashes[own])
+            if len(state.charts) - 1 + int((found < 0).sum()) > charts_max:
+                refused.append(play)
+                continue
+            numbers[own] = state.charts.add(request, starts[own], sizes[own], hashes[own])
+        take_out(np.array(refused, np.intp), _CHART_LIMIT)  # type: ignore[operator]
+    part.chart_numbers = numbers

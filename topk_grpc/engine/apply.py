@@ -1,0 +1,116 @@
+"""Counting what was admitted, live and from the log.
+
+The live path applies the parts that `admission` has decided, after their record is on disk. Replay reads the same bytes
+back, follows the record's verdicts, and ends in the same state.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from topk_grpc.engine.admission import Admission, Part, read_request
+from topk_grpc.engine.state import CHARTS, GLOBAL, ShardState
+from topk_grpc.errors import InvalidArgumentError
+from topk_grpc.kernels.counters import expand_charts
+from topk_grpc.kernels.hash import hash_strings
+from topk_grpc.kernels.marks import touch_slots
+from topk_grpc.kernels.wire import message_spans
+from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+
+
+def apply(state: ShardState, admission: Admission) -> None:
+    """Counts the plays of an admitted request."""
+    for part in admission.parts:
+        if part.changes:
+            apply_part(state, admission.request, part)
+
+
+def apply_part(state: ShardState, request: bytes | memoryview, part: Part) -> None:
+    """Counts the chosen plays of one part."""
+    columns = part.columns
+    starts, sizes, hashes = columns.song_starts, columns.song_sizes, part.hashes
+    times, counts = columns.times_ms, columns.counts
+    if part.chosen is not None:
+        rows = np.flatnonzero(part.chosen)
+        if len(rows) < columns.count:
+            starts, sizes, hashes, times, counts = (column[rows] for column in (starts, sizes, hashes, times, counts))  # type: ignore[assignment]
+    if not len(starts):
+        return
+    songs = state.songs.add(request, starts, sizes, hashes)
+    buckets = times // state.settings.resolution_ms
+    newest = int(times.max())
+    state.newest_event_ms = newest if not state.newest_event_ms else max(newest, state.newest_event_ms)
+    board = state.boards[GLOBAL]
+    board.add(songs, np.zeros(len(songs), np.int32), buckets, counts, state.songs_of(GLOBAL), state.songs, len(state.songs))
+    state.pending_plays = max(0, state.pending_plays - int(counts.sum()))
+    if columns.charts_used:
+        _apply_charts(state, part, songs, buckets, counts)
+
+
+def _apply_charts(state: ShardState, part: Part, songs: np.ndarray, buckets: np.ndarray, counts: np.ndarray) -> None:  # type: ignore[type-arg]
+    columns = part.columns
+    used = columns.charts_used
+    chosen = np.ones(columns.count, np.uint8) if part.chosen is None else part.chosen
+    pair_charts, pair_songs = np.empty(used, np.int32), np.empty(used, np.int32)
+    pair_buckets, pair_counts = np.empty(used, np.int64), np.empty(used, np.int64)
+    pairs = expand_charts(
+        chosen, columns.chart_bounds, part.chart_numbers, songs, buckets, counts,
+        pair_charts, pair_songs, pair_buckets, pair_counts, columns.count,
+    )  # fmt: skip
+    if not pairs:
+        return
+    entries = state.pairs.add(pair_charts[:pairs], pair_songs[:pairs])
+    state.boards[CHARTS].add(
+        entries, pair_charts[:pairs], pair_buckets[:pairs], pair_counts[:pairs], state.songs_of(CHARTS), state.songs, len(state.pairs)
+    )
+
+
+def replay(state: ShardState, payload: memoryview) -> None:
+    """Does again what an AppendRecord of the log did.
+
+    Raises:
+        InvalidArgumentError: the record holds no AppendRecord; its checksum was right, so a defect wrote it.
+    """
+    spans, _ = message_spans(payload, 0, len(payload), 1)
+    if len(spans) != 1:
+        raise InvalidArgumentError("a log record of type append does not hold one request")
+    start, end = spans[0].tolist()
+    request = payload[start:end]
+    rest = pb.AppendRecord.FromString(bytes(payload[end:]))
+    parts, _ = read_request(request)
+    verdicts = {verdict.batch: verdict for verdict in rest.verdicts}
+    for index, part in enumerate(parts):
+        verdict = verdicts.get(index)
+        if verdict is not None and verdict.refusal:
+            continue
+        _follow(state, request, part, verdict, rest.admitted_ms)
+        apply_part(state, request, part)
+
+
+def _follow(state: ShardState, request: memoryview, part: Part, verdict: pb.Verdict | None, admitted_ms: int) -> None:
+    """Sets the marks of a part, and chooses its plays, as the verdict says."""
+    columns = part.columns
+    slots = np.empty(columns.count, np.int32)
+    touched = np.zeros(state.settings.slots, np.uint8)
+    touch_slots(part.hashes, columns.count, slots, touched)
+    if verdict is not None:
+        touched[list(verdict.skipped_slots)] = 0
+        part.chosen = touched[slots]
+        if verdict.rejected_indexes:
+            part.chosen[np.isin(columns.indexes, np.array(verdict.rejected_indexes, np.uint32))] = 0
+    if touched.any():
+        producer_id = bytes(request[columns.producer_start : columns.producer_start + columns.producer_size])
+        producer = state.producers.get_or_add(producer_id)
+        state.producers.marks.decide(touched, np.ones_like(touched), producer.number, columns.sequence)
+        state.producers.seen(producer, admitted_ms, permanent=not columns.first_sent_ms)
+        if verdict is not None:
+            rejects = list(zip(verdict.rejected_indexes, verdict.rejected_reasons, strict=True))
+            state.producers.remember_rejects(producer, columns.sequence, rejects)
+    if columns.charts_used:
+        used = columns.charts_used
+        starts, sizes = columns.chart_starts[:used], columns.chart_sizes[:used]
+        numbers = np.full(used, -1, np.int32)
+        chosen = np.ones(columns.count, bool) if part.chosen is None else part.chosen == 1
+        wanted = np.repeat(chosen, np.diff(columns.chart_bounds))
+        numbers[wanted] = state.charts.add(request, starts[wanted], sizes[wanted], hash_strings(request, starts[wanted], sizes[wanted]))
+        part.chart_numbers = numbers
