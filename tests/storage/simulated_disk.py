@@ -148,6 +148,7 @@ class SimulatedDisk:
         yield "all names, synced bytes", self._survivor(every_name, synced_bytes)
         yield "synced names, all bytes", self._survivor(synced_names, every_byte)
         yield "half the names, the first half of what was not synced", self._survivor(_half_history, _torn(0, 0.5))
+        yield "of the names only the last that changed", self._survivor(_last_change, every_byte)
         yield "all names, the second half of what was not synced", self._survivor(every_name, _torn(0.5, 1))
         yield "all names, the middle of what was not synced", self._survivor(every_name, _torn(0.1, 0.9))
 
@@ -235,6 +236,15 @@ class SimulatedLock:
 def _half_history(directory: Directory) -> dict[str, Inode | Directory]:
     states = [*directory.history, directory.entries]
     return states[len(states) // 2] if directory.history else directory.entries
+
+
+def _last_change(directory: Directory) -> dict[str, Inode | Directory]:
+    """POSIX promises no order among the names that were not synced."""
+    if not directory.history:
+        return directory.entries
+    before, after = directory.history[-1], directory.entries
+    kept = {name: entry for name, entry in directory.synced.items() if name in after or name not in before}
+    return kept | {name: entry for name, entry in after.items() if before.get(name) is not entry}
 
 
 def _torn(start: float, end: float) -> Callable[[Inode], bytes]:

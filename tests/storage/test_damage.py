@@ -10,6 +10,14 @@ from tests.storage.simulated_disk import SimulatedDisk
 from tests.storage.workload import GROUP_RECORDS, PATH, Owner, write_log
 from topk_grpc.errors import CorruptError, VersionError
 from topk_grpc.storage.checksums import crc32c
+from topk_grpc.storage.log_format import (
+    SEGMENT_HEADER_BYTES,
+    DamagedError,
+    SegmentHeader,
+    decode_group,
+    encode_group,
+    encode_segment_header,
+)
 from topk_grpc.storage.segments import list_segments
 
 GROUPS = 6
@@ -78,6 +86,29 @@ def test_a_flipped_bit_in_a_log_that_was_closed_is_corruption() -> None:
         assert result == (("corrupt", -1) if at < seal else ("recovered", 2)), at
 
 
+def test_a_flipped_bit_in_a_log_that_was_recovered_is_corruption() -> None:
+    """Also where the process was killed again before it appended anything."""
+    disk = write_log(groups=2, segment_bytes=600, close=False)
+    Owner(disk, segment_bytes=600)
+    disk = disk.copy()
+    (path,) = disk.files(PATH / "log")
+    content = bytes(disk.map(path))
+    seal = content.rindex(content[28:36]) - 17
+    for at, result in flips(disk, path):
+        assert result == (("corrupt", -1) if at < seal else ("recovered", 2)), at
+
+
+def test_a_group_with_another_number_of_records_than_it_says_is_damaged() -> None:
+    header = SegmentHeader(0, 400, b"saltsalt")
+    pieces, _ = encode_group([(1, [b"payload"])], SEGMENT_HEADER_BYTES, header.salt)
+    data = bytearray(encode_segment_header(header) + b"".join(pieces))
+    at = SEGMENT_HEADER_BYTES
+    data[at + 29] = 2
+    data[at + 4 : at + 8] = crc32c(bytes(data[at + 8 : at + 33])).to_bytes(4, "little")
+    with pytest.raises(DamagedError, match="a group of 2 records holds 1"):
+        decode_group(memoryview(data), at, len(data), header)
+
+
 def test_the_last_group_torn_at_any_byte_is_cut_and_noted() -> None:
     disk = write_log(groups=3, segment_bytes=900, close=False)
     (path,) = disk.files(PATH / "log")
@@ -121,7 +152,8 @@ def test_swapped_segments_are_corruption() -> None:
     disk = write_log(20)
     first, second, *_ = disk.files(PATH / "log")
     copy = damaged(disk, first, bytes(disk.map(second)))
-    assert outcome(copy) == ("corrupt", -1)
+    with pytest.raises(CorruptError, match=f"the file belongs at position {list_segments(disk, PATH / 'log')[1]}"):
+        Owner(copy)
 
 
 def test_bytes_behind_an_earlier_segment_are_corruption() -> None:

@@ -189,6 +189,23 @@ def test_a_full_disk_writes_nothing_and_leaves_the_log_usable(operation: str) ->
     assert Owner(disk).numbers() == list(range(owner.acknowledged))
 
 
+def test_what_was_reserved_can_be_appended_to_a_full_disk() -> None:
+    disk = new_disk()
+    owner = Owner(disk)
+    position = owner.log.position
+    owner.log.reserve(records=3, payload_bytes=1000)
+    assert owner.log.position == position + SEGMENT_HEADER_BYTES  # a segment of its own
+    disk.fault = fail_on("reserve", ".tmp", errno.ENOSPC, times=100)
+    owner.log.append_group([(1, [bytes(500)]), (1, [bytes(400), bytes(50)]), (2, [bytes(50)])])
+    with pytest.raises(DiskFullError):
+        owner.log.reserve(records=1, payload_bytes=1000)
+    owner.log.close()
+    owner.directory.close()
+    disk.fault = None
+    records, _ = open_log(DataDirectory.open(PATH, disk))
+    assert [(kind, len(payload)) for kind, payload, _ in records] == [(1, 500), (1, 450), (2, 50)]
+
+
 def test_the_last_room_of_a_disk_is_taken_in_smaller_segments() -> None:
     disk = new_disk()
     owner = Owner(disk, segment_bytes=100_000)

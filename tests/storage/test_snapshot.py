@@ -115,6 +115,30 @@ def test_kept_position_is_zero_before_there_are_two_snapshots() -> None:
     assert owner.recovery.snapshots.kept_position() == first
 
 
+def test_each_step_is_durable_before_the_next_relies_on_it() -> None:
+    disk = new_disk()
+    owner = Owner(disk)
+    for _ in range(3):
+        owner.append()
+        owner.take_snapshot()
+    owner.append()
+    disk.operations.clear()
+    owner.take_snapshot()
+    blocks, snapshots = PATH / "blocks", PATH / "snapshots"
+    expected = [
+        *("create", "write", "sync", f"sync_directory {blocks}"),
+        *("make_directory", "create", "write", "sync"),
+        *("create", "write", "sync", f"sync_directory {snapshots / '000004.tmp'}"),
+        *(f"rename {snapshots / '000004'}", f"sync_directory {snapshots}"),
+        *(f"rename {snapshots / '000002.tmp'}", f"sync_directory {snapshots}"),
+        *("remove", "remove", f"remove {snapshots / '000002.tmp'}", f"remove {blocks}/0000000000.numbers.npy"),
+    ]
+    done = [operation for operation in disk.operations if "/log/" not in operation]
+    merged = [one for one, before in zip(done, ["", *done], strict=False) if one != before]  # writes in many pieces
+    assert len(merged) == len(expected)
+    assert all(one.startswith(start) for one, start in zip(merged, expected, strict=True)), merged
+
+
 def test_blocks_are_written_once() -> None:
     disk = new_disk()
     owner = Owner(disk)

@@ -82,8 +82,8 @@ class Log:
     def reserve(self, records: int, payload_bytes: int) -> None:
         """Sees to it that a group of so many records with so many bytes of payload has its place on disk.
 
-        Whoever decides about records on the ground of what the log will hold asks first: an `append_group` that is no larger
-        then meets no full disk.
+        Whoever decides about records on the ground of what the log will hold asks first: an `append_group` that is no
+        larger then meets no full disk.
 
         Raises:
             DiskFullError: nothing was written; the log is as it was, and can be used on.
@@ -126,6 +126,8 @@ class Log:
     def delete_before(self, position: int) -> int:
         """Deletes the segments that lie before `position` as a whole, oldest first. Returns how many.
 
+        Nothing is synced: what a crash brings back is not read by recovery, and is deleted the next time.
+
         Raises:
             StorageError: one could not be deleted; the log is whole and can be used on.
         """
@@ -134,8 +136,6 @@ class Log:
             while len(self._segments) > 1 and self._segments[1] <= position:
                 with contextlib.suppress(FileNotFoundError):
                     self._files.remove(segment_path(self._directory, self._segments[0]))
-                # The next one goes only when this one is durably gone: a crash never leaves a gap.
-                self._files.sync_directory(self._directory)
                 self._segments.popleft()
                 deleted += 1
         except OSError as error:
