@@ -106,6 +106,29 @@ def test_record_waits_for_room_and_gives_up_after_the_deadline() -> None:
         assert server.cluster.counts() == {"a": 2}
 
 
+def test_what_record_took_while_another_thread_closes_is_counted() -> None:
+    with model_server() as server:
+        client = BlockingTopKClient(server.targets, batch_plays=7)
+
+        def play(_: int) -> int:
+            taken = 0
+            try:
+                while True:
+                    client.record("a", 1)
+                    taken += 1
+            except InvalidArgumentError as error:
+                assert "closed" in str(error)
+            return taken
+
+        with ThreadPoolExecutor(3) as pool:
+            tasks = [pool.submit(play, index) for index in range(3)]
+            while client.stats.batches_acknowledged < 3:
+                client.flush()
+            client.close()
+            taken = sum(task.result() for task in tasks)
+        assert server.cluster.counts() == {"a": taken}
+
+
 def test_errors_reach_the_caller() -> None:
     with model_server() as server, BlockingTopKClient(server.targets) as client:
         with pytest.raises(InvalidArgumentError):
