@@ -161,7 +161,8 @@ class Delivery:
             why = f"the last stream ended so: {self._last_end}" if self._last_end else "the stream is open but silent"
             raise DeadlineError(
                 f"{purpose}: {len(self._outbox)} batches from {self.lowest_unacknowledged} on are unacknowledged; "
-                f"{why}. Until the client is closed they are sent again: flush() once more, or see whether the gateway runs"
+                f"{why}. Until the client is closed they are sent again: "
+                "flush() once more, or see whether the gateway runs"
             ) from self._last_end
 
     def raise_failure(self) -> None:
