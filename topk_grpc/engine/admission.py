@@ -191,9 +191,11 @@ def _reject(state: ShardState, request: bytes, part: Part, limits: Limits) -> li
         part.chosen[rows] = 0
         rejects.extend((index, reason) for index in columns.indexes[rows].tolist())
 
-    horizon = limits.now_ms + limits.future_ms
-    if columns.count and int(columns.times_ms.max()) > horizon:
-        take_out(np.flatnonzero(columns.times_ms > horizon), _IN_FUTURE)
+    # A play is judged by where its bucket begins, so that plays that a gateway has combined are judged as each would be alone.
+    resolution = state.settings.resolution_ms
+    horizon = (limits.now_ms + limits.future_ms) // resolution * resolution + resolution
+    if columns.count and int(columns.times_ms.max()) >= horizon:
+        take_out(np.flatnonzero(columns.times_ms >= horizon), _IN_FUTURE)
     if limits.memory_bytes_max and state.memory_bytes > limits.memory_bytes_max:
         songs = state.songs.find(request, columns.song_starts, columns.song_sizes, part.hashes)
         take_out(np.flatnonzero(songs < 0), _MEMORY_LIMIT)

@@ -1,0 +1,218 @@
+"""The way of parts to one shard: one ordered stream, few and large messages, and nothing lost when it breaks.
+
+Parts of batches wait in a queue. While requests are under way the next ones gather, and then travel together: so one
+message carries the parts of many client streams when the shard is busy, and a single part when it is idle. A request that
+was written but not answered when the stream broke may or may not have been applied: its parts go back to the front of the queue,
+in order, and are sent again; the shard's marks see to it that they count once. `Part.sends` says that this happened, since
+the shard's `duplicate` then means nothing to the client.
+
+Bounds: `pending_bytes_max` wait for one shard, then `submit` does, and with it the clients' streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+import grpc
+
+from topk_grpc.config import GatewaySettings
+from topk_grpc.errors import InvalidArgumentError
+from topk_grpc.kernels.wire import varint
+from topk_grpc.model import ShardInfo
+from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+from topk_grpc.rpc import log
+from topk_grpc.rpc.channels import open_channel
+from topk_grpc.rpc.status import from_rpc_error
+
+REQUESTS_UNDER_WAY_MAX: Final = 3
+BACKOFF_SECONDS: Final = (0.05, 2.0)
+_APPEND: Final = "/topk.v1.ShardService/Append"
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """A part of a client's batch on its way.
+
+    Attributes:
+        epoch: of the topology it was split by.
+        pieces: of the ShardBatch's bytes.
+        size: bytes of them.
+        outcome: what the shard said; cancelled when nobody waits any more.
+        sends: how often it was written to a stream.
+    """
+
+    epoch: int
+    pieces: tuple[bytes | memoryview, ...]
+    size: int
+    outcome: asyncio.Future[pb.BatchOutcome]
+    sends: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    request_id: int
+    parts: list[Part] = field(default_factory=list)
+
+
+class ShardLink:
+    """Parts to one shard. Belongs to one event loop.
+
+    Args:
+        settings: the gateway's.
+        cluster_id: whose shard it is.
+        shard: its name and present address.
+    """
+
+    def __init__(self, settings: GatewaySettings, cluster_id: str, shard: ShardInfo) -> None:
+        self._settings = settings
+        self._metadata = (("topk-cluster-id", cluster_id), ("topk-shard-id", shard.shard_id))
+        self._shard = shard
+        self._waiting: deque[Part] = deque()
+        self._waiting_bytes = 0
+        self._under_way: deque[_Request] = deque()
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._moved = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    @property
+    def address(self) -> str:
+        """Where the shard is believed to be."""
+        return self._shard.address
+
+    def move(self, shard: ShardInfo) -> None:
+        """Takes note of where the shard is now."""
+        if shard.address != self._shard.address:
+            self._shard = shard
+            self._moved.set()
+
+    async def submit(self, part: Part) -> None:
+        """Queues a part; waits only while too much waits already."""
+        while self._waiting_bytes > self._settings.pending_bytes_max:
+            self._room.clear()
+            await self._room.wait()
+        self._waiting.append(part)
+        self._waiting_bytes += part.size
+        self._wake.set()
+
+    # --- Sending ------------------------------------------------------------------------------------------------------
+
+    def _take_request(self, request_id: int) -> tuple[_Request, bytes] | None:
+        """The next parts as one request; None if nothing waits."""
+        request = _Request(request_id)
+        pieces: list[bytes | memoryview] = []
+        size = 0
+        while self._waiting and (not request.parts or size + self._waiting[0].size <= self._settings.part_bytes_max):
+            part = self._waiting.popleft()
+            self._waiting_bytes -= part.size
+            if part.outcome.done():  # nobody waits for it any more
+                continue
+            request.parts.append(part)
+            part.sends += 1
+            pieces += (b"\x1a", varint(part.size), *part.pieces)
+            size += part.size
+        if self._waiting_bytes <= self._settings.pending_bytes_max:
+            self._room.set()
+        if not request.parts:
+            return None
+        epoch = max(part.epoch for part in request.parts)
+        return request, b"".join((b"\x08", varint(request_id), b"\x10", varint(epoch), *pieces))
+
+    def _put_back(self) -> None:
+        """Parts that were written but not answered wait again, before all others."""
+        for request in reversed(self._under_way):
+            for part in reversed(request.parts):
+                self._waiting.appendleft(part)
+                self._waiting_bytes += part.size
+        self._under_way.clear()
+
+    async def _run(self) -> None:
+        low, high = BACKOFF_SECONDS
+        backoff = low
+        while True:
+            await self._wake.wait()
+            self._moved.clear()
+            answered = await self._run_stream() if self._shard.address else False
+            self._put_back()
+            backoff = low if answered else min(high, 2 * backoff)
+            if self._waiting:
+                self._wake.set()
+            try:  # a shard that came back at another address is tried at once
+                await asyncio.wait_for(self._moved.wait(), random.uniform(low, backoff))
+            except TimeoutError:
+                pass
+
+    async def _run_stream(self) -> bool:
+        """Serves one stream until it ends; whether anything was answered on it."""
+        answered = False
+        async with open_channel(self._shard.address) as channel:
+            call = channel.stream_stream(_APPEND)(metadata=self._metadata)
+            sender = asyncio.create_task(self._send(call))
+            moved = asyncio.create_task(self._moved.wait())
+            reading: asyncio.Task[bytes] | None = None
+            try:
+                while True:
+                    reading = asyncio.ensure_future(call.read())
+                    await asyncio.wait((reading, moved, sender), return_when=asyncio.FIRST_COMPLETED)
+                    if not reading.done():
+                        if sender.done():
+                            sender.result()
+                        break
+                    raw = reading.result()
+                    if raw is grpc.aio.EOF:
+                        break
+                    answered = True
+                    self._take_response(pb.AppendResponse.FromString(raw))
+            except (grpc.RpcError, asyncio.InvalidStateError) as error:
+                self._log_end(error)
+            finally:
+                tasks = [task for task in (sender, moved, reading) if task is not None]
+                for task in tasks:
+                    task.cancel()
+                call.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        return answered
+
+    async def _send(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        request_id = 0
+        while True:
+            if len(self._under_way) < REQUESTS_UNDER_WAY_MAX:
+                taken = self._take_request(request_id + 1)
+                if taken is not None:
+                    request_id += 1
+                    request, raw = taken
+                    self._under_way.append(request)
+                    await call.write(raw)
+                    continue
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _take_response(self, response: pb.AppendResponse) -> None:
+        request = self._under_way.popleft()
+        if response.request_id != request.request_id or len(response.outcomes) != len(request.parts):
+            raise asyncio.InvalidStateError(f"the shard answered request {response.request_id} where {request.request_id} was due")
+        for part, outcome in zip(request.parts, response.outcomes, strict=True):
+            if not part.outcome.done():
+                part.outcome.set_result(outcome)
+        self._wake.set()
+
+    def _log_end(self, error: BaseException) -> None:
+        failure = from_rpc_error(error) if isinstance(error, grpc.RpcError) else error
+        log.warning("shard_stream_ended", shard=self._shard.shard_id, address=self._shard.address, error=failure)
+        if isinstance(failure, InvalidArgumentError):
+            # The shard refuses the bytes themselves: sending them again would go on for ever.
+            for request in self._under_way:
+                for part in request.parts:
+                    if not part.outcome.done():
+                        part.outcome.set_exception(failure)
+            self._under_way.clear()
+
+    async def close(self) -> None:
+        """Ends the stream; parts that wait are left to their callers' deadlines."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)

@@ -1,0 +1,186 @@
+"""Queries over the whole cluster: bounds, scatter, merge, certificate.
+
+A song lives on one shard, so the k best of the shards' k best are exact, and a song's rank is 1 plus how many entries stand
+before it on each shard. Python orders strings by code point, which is the order of their UTF-8 bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, Literal
+
+from topk_grpc.config import GatewaySettings
+from topk_grpc.engine.windows import bounds_of, is_final
+from topk_grpc.errors import InvalidArgumentError, WindowError
+from topk_grpc.gateway.scatter import Gathered, Scatter
+from topk_grpc.model import (
+    Answer,
+    Bounds,
+    Certificate,
+    ChartSummary,
+    Entry,
+    Finality,
+    GlobalWindow,
+    SongsAnswer,
+    SongStanding,
+    Window,
+)
+from topk_grpc.pb.topk.v1 import query_pb2
+from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+
+SONGS_MAX: Final = 100
+NEIGHBOURS_MAX: Final = 100
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _ordered(places: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Best first."""
+    return sorted(places, key=lambda place: (-place[1], place[0]))
+
+
+class Queries:
+    """Answers clients' queries.
+
+    Args:
+        settings: the gateway's.
+        resolution_ms: the cluster's.
+        scatter: asks the shards.
+        clock: epoch milliseconds.
+    """
+
+    def __init__(self, settings: GatewaySettings, resolution_ms: int, scatter: Scatter, clock: Callable[[], int] = _now_ms) -> None:
+        self._settings = settings
+        self._resolution_ms = resolution_ms
+        self._scatter = scatter
+        self._clock = clock
+
+    async def _bounds(self, window: Window, as_of: int | Literal["latest"] | None, *, allow_partial: bool) -> Bounds | None:
+        if isinstance(window, GlobalWindow):
+            if as_of is not None:
+                raise WindowError("as_of has no meaning for the global window, which holds all plays: leave it out, or ask for another window")
+            return None
+        if as_of == "latest":
+            gathered = await self._scatter.gather("DescribeShard", pb.DescribeShardRequest(), allow_partial=allow_partial)
+            as_of = gathered.newest_event_ms or None
+        return bounds_of(window, self._clock() if as_of is None else as_of, self._resolution_ms)
+
+    def _certificate(self, gathered: Gathered[Any], bounds: Bounds | None) -> Certificate:
+        watermark_ms = min(gathered.newest_event_ms, self._clock())
+        complete = not gathered.missing
+        final = is_final(
+            bounds, complete=complete, watermark_ms=watermark_ms, allowed_lateness_ms=int(self._settings.allowed_lateness_seconds * 1000)
+        )
+        coverages = [answer.coverage for answer in gathered.answers.values()]
+        return Certificate(
+            complete=complete,
+            missing_shards=gathered.missing,
+            epoch=gathered.topology.epoch,
+            watermark_ms=watermark_ms,
+            finality=Finality.FINAL if final else Finality.PRELIMINARY,
+            total_plays=sum(coverage.total_plays for coverage in coverages),
+            distinct_songs=sum(coverage.distinct_songs for coverage in coverages),
+        )
+
+    async def top_k(
+        self, window: Window, k: int, chart: str, as_of: int | Literal["latest"] | None, *, allow_partial: bool
+    ) -> Answer:
+        """The k best.
+
+        Raises:
+            InvalidArgumentError: k or the window is out of range.
+            UnavailableError: a shard does not answer, and `allow_partial` is not set.
+        """
+        if not 1 <= k <= self._settings.k_max:
+            raise InvalidArgumentError(f"k is {k}: ask for 1 to {self._settings.k_max} entries")
+        bounds = await self._bounds(window, as_of, allow_partial=allow_partial)
+        request = pb.QueryTopKRequest(scope=_scope(chart, bounds), k=k)
+        gathered: Gathered[pb.QueryTopKResponse] = await self._scatter.gather("QueryTopK", request, allow_partial=allow_partial)
+        places = _ordered(
+            place for answer in gathered.answers.values() for place in zip(answer.song_ids, answer.counts, strict=True)
+        )[:k]
+        entries = tuple(Entry(rank, song_id, count) for rank, (song_id, count) in enumerate(places, 1))
+        return Answer(bounds, self._certificate(gathered, bounds), entries)
+
+    async def songs(
+        self,
+        window: Window,
+        song_ids: Sequence[str],
+        chart: str,
+        as_of: int | Literal["latest"] | None,
+        neighbours: int,
+        *,
+        allow_partial: bool,
+    ) -> SongsAnswer:
+        """Count, rank and neighbours of songs. Count and rank are read one after the other: plays between them may show.
+
+        Raises:
+            InvalidArgumentError: songs, neighbours or the window are out of range.
+            UnavailableError: a shard does not answer, and `allow_partial` is not set.
+        """
+        if not 1 <= len(song_ids) <= SONGS_MAX:
+            raise InvalidArgumentError(f"{len(song_ids)} songs are asked for: ask for 1 to {SONGS_MAX} at once")
+        if neighbours > NEIGHBOURS_MAX:
+            raise InvalidArgumentError(f"{neighbours} neighbours are asked for: ask for 0 to {NEIGHBOURS_MAX}")
+        bounds = await self._bounds(window, as_of, allow_partial=allow_partial)
+        scope = _scope(chart, bounds)
+        request = pb.QueryCountsRequest(scope=scope, song_ids=song_ids)
+        counted: Gathered[pb.QueryCountsResponse] = await self._scatter.gather("QueryCounts", request, allow_partial=allow_partial)
+        counts = [sum(answer.counts[index] for answer in counted.answers.values()) for index in range(len(song_ids))]
+        places = list(dict.fromkeys(place for place in zip(song_ids, counts, strict=True) if place[1]))
+        if not places:
+            nothing = tuple(SongStanding(song_id, 0, None) for song_id in song_ids)
+            return SongsAnswer(bounds, self._certificate(counted, bounds), nothing)
+        ranks = pb.QueryRanksRequest(
+            scope=scope, places=[pb.Place(song_id=song_id, count=count) for song_id, count in places], neighbours=neighbours
+        )
+        ranked: Gathered[pb.QueryRanksResponse] = await self._scatter.gather("QueryRanks", ranks, allow_partial=allow_partial)
+        standings = {place: _standing(place, index, ranked, neighbours) for index, place in enumerate(places)}
+        songs = tuple(
+            standings[song_id, count] if count else SongStanding(song_id, 0, None)
+            for song_id, count in zip(song_ids, counts, strict=True)
+        )
+        return SongsAnswer(bounds, self._certificate(ranked, bounds), songs)
+
+    async def charts(self, *, allow_partial: bool) -> tuple[Certificate, tuple[ChartSummary, ...]]:
+        """All charts with their totals, largest first.
+
+        Raises:
+            UnavailableError: a shard does not answer, and `allow_partial` is not set.
+        """
+        gathered: Gathered[pb.QueryChartsResponse] = await self._scatter.gather("QueryCharts", pb.QueryChartsRequest(), allow_partial=allow_partial)
+        plays: dict[str, int] = {}
+        songs: dict[str, int] = {}
+        for answer in gathered.answers.values():
+            for chart, total, distinct in zip(answer.charts, answer.total_plays, answer.distinct_songs, strict=True):
+                plays[chart] = plays.get(chart, 0) + total
+                songs[chart] = songs.get(chart, 0) + distinct
+        summaries = tuple(ChartSummary(chart, total, songs[chart]) for chart, total in _ordered(plays.items()))
+        return self._certificate(gathered, None), summaries
+
+
+def _scope(chart: str, bounds: Bounds | None) -> pb.Scope:
+    scope = pb.Scope(chart=chart)
+    if bounds is not None:
+        scope.bounds.CopyFrom(query_pb2.WindowBounds(start_ms=bounds.start_ms, end_ms=bounds.end_ms))
+    return scope
+
+
+def _standing(place: tuple[str, int], index: int, ranked: Gathered[pb.QueryRanksResponse], neighbours: int) -> SongStanding:
+    """Joins what the shards say about one place."""
+    standings = [answer.standings[index] for answer in ranked.answers.values()]
+    rank = 1 + sum(standing.above_count for standing in standings)
+    above = _ordered((near.song_id, near.count) for standing in standings for near in standing.above)
+    below = _ordered((near.song_id, near.count) for standing in standings for near in standing.below)
+    above = above[-neighbours:] if neighbours else []
+    first = rank - len(above)
+    return SongStanding(
+        place[0],
+        place[1],
+        rank,
+        tuple(Entry(first + step, song_id, count) for step, (song_id, count) in enumerate(above)),
+        tuple(Entry(rank + 1 + step, song_id, count) for step, (song_id, count) in enumerate(below[:neighbours])),
+    )

@@ -1,0 +1,179 @@
+"""The way of a batch through the gateway: read, checked, split, sent to its shards, joined into one acknowledgement.
+
+A batch is begun in order (`begin` returns when its parts are queued), and acknowledged when every shard concerned has answered. Slots
+that a shard does not own any more are split again by a fresh topology, from the same bytes, until the time is up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topk_grpc.config import GatewaySettings
+from topk_grpc.errors import DeadlineError, InvalidArgumentError, ProducerExpiredError
+from topk_grpc.gateway.link import Part, ShardLink
+from topk_grpc.gateway.rejects import SHARD_REASONS, reject_messages
+from topk_grpc.gateway.routing import Routing, RoutingWatch
+from topk_grpc.kernels.hash import hash_strings
+from topk_grpc.kernels.split import split_batch
+from topk_grpc.kernels.wire import REASONS, PlayColumns, batch_header, decode_batch, message_spans
+from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
+from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import RejectedPlay
+
+PRODUCER_ID_BYTES_MAX = 128
+_REROUTE_SECONDS = 0.02
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """A batch under way.
+
+    Attributes:
+        raw: the client's request.
+        header: the ShardBatch's fields 1 to 3.
+        plays: how many it has.
+        sequence: its number.
+        rejects: reason by index, so far.
+        duplicate: whether any part had been counted by an earlier send.
+    """
+
+    raw: bytes
+    header: bytes
+    plays: int
+    sequence: int
+    rejects: dict[int, str] = field(default_factory=dict)
+    duplicate: bool = False
+
+
+class Recorder:
+    """Takes batches through. Belongs to one event loop.
+
+    Args:
+        settings: the gateway's.
+        watch: follows the topology.
+        links: to the shards, by shard_id; kept up to date by its owner.
+    """
+
+    def __init__(self, settings: GatewaySettings, watch: RoutingWatch, links: Mapping[str, ShardLink]) -> None:
+        self._settings = settings
+        self._watch = watch
+        self._links = links
+        self._messages = reject_messages(settings)
+
+    async def record(self, raw: bytes) -> bytes:
+        """Takes a StreamPlaysRequest or RecordPlaysRequest; returns its acknowledgement's bytes when it is durable."""
+        return await (await self.begin(raw))
+
+    async def begin(self, raw: bytes) -> Coroutine[Any, Any, bytes]:
+        """Checks a batch and queues its parts; waits only while a shard is too far behind.
+
+        Returns:
+            What to await for the acknowledgement: the bytes of a StreamPlaysResponse, which are those of a RecordPlaysResponse.
+
+        Raises:
+            InvalidArgumentError: the batch as a whole is wrong.
+            DeadlineError: a shard was too far behind for too long.
+        """
+        columns, batch = self._read(raw)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.record_seconds
+        for index in np.flatnonzero(columns.reasons).tolist():
+            batch.rejects[index] = REASONS[columns.reasons[index]]
+        routing = self._watch.current
+        parts, stands_for = await self._send(batch, columns, routing, routing.owners, deadline)
+        return self._finish(batch, parts, stands_for, deadline)
+
+    def _read(self, raw: bytes) -> tuple[PlayColumns, _Batch]:
+        settings = self._settings
+        spans, _ = message_spans(raw, 0, len(raw), 1)
+        if not len(spans):
+            raise InvalidArgumentError("the request holds no batch: set `batch` with producer_id, sequence and plays")
+        columns = decode_batch(
+            raw, spans, settings.song_id_bytes_max, settings.charts_per_play_max, settings.chart_bytes_max, settings.batch_plays_max
+        )
+        producer_id = raw[columns.producer_start : columns.producer_start + columns.producer_size]
+        if not 0 < len(producer_id) <= PRODUCER_ID_BYTES_MAX:
+            raise InvalidArgumentError(f"producer_id has {len(producer_id)} bytes: give 1 to {PRODUCER_ID_BYTES_MAX} bytes of UTF-8, such as a UUID")
+        try:
+            producer_id.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidArgumentError("producer_id is not well-formed UTF-8: encode it so") from error
+        if columns.sequence == 0:
+            raise InvalidArgumentError("sequence is absent or 0: number the batches of a producer 1, 2, 3, …")
+        if columns.first_sent_ms < 0:
+            raise InvalidArgumentError(f"first_sent_ms is {columns.first_sent_ms}: give milliseconds since the Unix epoch, or leave it out")
+        header = batch_header(producer_id, columns.sequence, columns.first_sent_ms)
+        return columns, _Batch(raw, header, columns.count, columns.sequence)
+
+    async def _send(
+        self, batch: _Batch, columns: PlayColumns, routing: Routing, owners: NDArray[np.int32], deadline: float
+    ) -> tuple[list[Part], NDArray[np.int32]]:
+        """Splits the plays of the owned slots and queues the parts."""
+        if not columns.count:
+            return [], np.empty(0, np.int32)
+        topology = routing.topology
+        hashes = hash_strings(batch.raw, columns.song_starts, columns.song_sizes)
+        split = split_batch(batch.raw, columns, hashes, owners, len(topology.shards), topology.settings.resolution_ms)
+        loop = asyncio.get_running_loop()
+        parts = []
+        for shard, plays in zip(topology.shards, split.parts, strict=True):
+            if len(plays):
+                part = Part(topology.epoch, (batch.header, plays), len(batch.header) + len(plays), loop.create_future())
+                parts.append(part)
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await self._links[shard.shard_id].submit(part)
+                except TimeoutError as error:
+                    raise self._too_late() from error
+        return parts, split.stands_for
+
+    def _too_late(self) -> DeadlineError:
+        seconds = self._settings.record_seconds
+        return DeadlineError(f"a shard did not take the batch within {seconds:g} s: send it again, it counts once (--record-seconds)")
+
+    async def _finish(self, batch: _Batch, parts: list[Part], stands_for: NDArray[np.int32], deadline: float) -> bytes:
+        """Waits for all shards; sends again what went to the wrong ones."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                while True:
+                    lost_slots: list[int] = []
+                    for part in parts:
+                        self._join(batch, part, await part.outcome, stands_for)
+                        lost_slots += part.outcome.result().not_owner_slots
+                    if not lost_slots:
+                        return self._acknowledge(batch)
+                    await asyncio.sleep(_REROUTE_SECONDS)
+                    routing = await self._watch.refresh()
+                    columns, _ = self._read(batch.raw)
+                    parts, stands_for = await self._send(batch, columns, routing, routing.only(lost_slots), deadline)
+        except TimeoutError as error:
+            raise self._too_late() from error
+        finally:
+            for part in parts:
+                part.outcome.cancel()
+
+    def _join(self, batch: _Batch, part: Part, outcome: shard_pb.BatchOutcome, stands_for: NDArray[np.int32]) -> None:
+        if outcome.refusal:
+            raise ProducerExpiredError(
+                "the producer was idle for so long that the cluster has forgotten it, and the batch was first sent before that: whether it counted"
+                " is unknown. Begin a new producer_id for new plays"
+            )
+        if outcome.duplicate and part.sends <= 1:
+            batch.duplicate = True
+        for index, reason in zip(outcome.rejected_indexes, outcome.rejected_reasons, strict=True):
+            for play in np.flatnonzero(stands_for == index).tolist():
+                batch.rejects[play] = SHARD_REASONS[reason]
+
+    def _acknowledge(self, batch: _Batch) -> bytes:
+        rejected = [
+            RejectedPlay(index=index, reason=reason, message=self._messages[reason]) for index, reason in sorted(batch.rejects.items())
+        ]
+        return pb.StreamPlaysResponse(
+            sequence=batch.sequence, accepted=batch.plays - len(rejected), duplicate=batch.duplicate, rejected=rejected
+        ).SerializeToString()

@@ -1,0 +1,37 @@
+"""What a rejected play's reason says to people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from topk_grpc.config import GatewaySettings
+from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+
+SHARD_REASONS: Final[Mapping[int, str]] = {
+    pb.REJECT_REASON_IN_FUTURE: "IN_FUTURE",
+    pb.REJECT_REASON_CHART_LIMIT: "CHART_LIMIT",
+    pb.REJECT_REASON_MEMORY_LIMIT: "MEMORY_LIMIT",
+    pb.REJECT_REASON_TOTAL_OVERFLOW: "TOTAL_OVERFLOW",
+}
+
+
+def reject_messages(settings: GatewaySettings) -> Mapping[str, str]:
+    """A sentence for each reason: what is wrong and what to do."""
+    return {
+        "EMPTY_SONG_ID": f"song_id is empty: give 1 to {settings.song_id_bytes_max} bytes of UTF-8",
+        "SONG_ID_TOO_LONG": f"song_id is longer than {settings.song_id_bytes_max} bytes of UTF-8: shorten or hash it",
+        "INVALID_UTF8": "song_id or a chart is not well-formed UTF-8: encode it so",
+        "MISSING_TIME": "played_at_ms is absent or 0: give the time of the play in milliseconds since the Unix epoch",
+        "SECONDS_NOT_MILLISECONDS": "played_at_ms lies in early 1970, but is a recent time when read as seconds: multiply it by 1,000",
+        "IN_FUTURE": "played_at_ms is too far ahead of the shard's clock: check the sender's clock and unit",
+        "ZERO_COUNT": "count is 0: leave it out for 1, or leave the play out",
+        "NEGATIVE_COUNT": "count is negative: plays cannot be taken back",
+        "COUNT_TOO_LARGE": "count is larger than 2^55: no sum of such counts would be exact",
+        "TOO_MANY_CHARTS": f"more than {settings.charts_per_play_max} charts: name fewer",
+        "EMPTY_CHART": "a chart's name is empty: the global chart need not be named",
+        "CHART_TOO_LONG": f"a chart's name is longer than {settings.chart_bytes_max} bytes of UTF-8: shorten it",
+        "CHART_LIMIT": "the cluster has as many charts as it may: a chart's name is no place for ids of users or songs (--charts-max)",
+        "MEMORY_LIMIT": "the shard's memory budget is used up and the song is new: add shards or raise --memory-bytes-max",
+        "TOTAL_OVERFLOW": "the shard's total would leave the range that sums exactly (2^55): the counts cannot be right",
+    }

@@ -1,0 +1,179 @@
+"""Asking all shards, and making sure that their answers together are the whole.
+
+Each answer says which slots it covers. Only disjoint answers that cover every slot are merged; while slots move two shards may
+both answer for one, or neither, and then all are asked again under a fresh topology.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+import grpc
+import numpy as np
+
+from topk_grpc.config import GatewaySettings
+from topk_grpc.errors import InvalidArgumentError, ResourceExhaustedError, TopKError, UnavailableError
+from topk_grpc.gateway.routing import RoutingWatch
+from topk_grpc.model import ShardInfo, Topology
+from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
+from topk_grpc.rpc.channels import open_channel
+from topk_grpc.rpc.status import from_rpc_error
+
+_AGAIN_SECONDS: Final = 0.05
+
+
+class Covered(Protocol):
+    """An answer that says what it covers."""
+
+    @property
+    def coverage(self) -> pb.Coverage:
+        """The slots, and the state they were answered from."""
+
+
+AnswerT = TypeVar("AnswerT", bound=Covered)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered(Generic[AnswerT]):
+    """What the shards answered.
+
+    Attributes:
+        topology: that they were asked under.
+        answers: by shard_id.
+        missing: the shards that did not answer.
+    """
+
+    topology: Topology
+    answers: Mapping[str, AnswerT]
+    missing: tuple[str, ...]
+
+    @property
+    def newest_event_ms(self) -> int:
+        """The time of the newest play; 0 without any."""
+        known = [answer.coverage.newest_event_ms for answer in self.answers.values() if answer.coverage.newest_event_ms]
+        return max(known, default=0)
+
+
+class ShardQueries:
+    """Query stubs to the shards, on connections of their own: a query must not wait behind megabytes of plays."""
+
+    def __init__(self, settings: GatewaySettings, cluster_id: str) -> None:
+        self._settings = settings
+        self._cluster_id = cluster_id
+        self._channels: dict[str, tuple[str, grpc.aio.Channel]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def _stub(self, shard: ShardInfo) -> pb_grpc.ShardServiceStub:
+        address, channel = self._channels.get(shard.shard_id, ("", None))
+        if channel is None or address != shard.address:
+            if channel is not None:
+                task = asyncio.create_task(channel.close(self._settings.query_seconds))
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+            channel = open_channel(shard.address)
+            self._channels[shard.shard_id] = (shard.address, channel)
+        return pb_grpc.ShardServiceStub(channel)
+
+    async def ask(self, shard: ShardInfo, method: str, request: Any, seconds: float) -> Any:
+        """Asks one shard.
+
+        Raises:
+            TopKError: as the shard said, or UnavailableError.
+        """
+        if not shard.address:
+            raise UnavailableError(f"{shard.shard_id} has not started yet")
+        metadata = (("topk-cluster-id", self._cluster_id), ("topk-shard-id", shard.shard_id))
+        try:
+            return await getattr(self._stub(shard), method)(request, timeout=max(seconds, 0.001), metadata=metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await asyncio.gather(*(channel.close() for _, channel in self._channels.values()), *self._closing)
+
+
+class Scatter:
+    """Asks all shards of the current topology.
+
+    Args:
+        settings: the gateway's.
+        watch: follows the topology.
+        queries: the way to the shards.
+    """
+
+    def __init__(self, settings: GatewaySettings, watch: RoutingWatch, queries: ShardQueries) -> None:
+        self._settings = settings
+        self._watch = watch
+        self._queries = queries
+
+    async def gather(self, method: str, request: Any, *, allow_partial: bool) -> Gathered[Any]:
+        """Asks until the answers are disjoint and whole, or the time is up.
+
+        Args:
+            method: of ShardService.
+            request: its message.
+            allow_partial: leave out shards that do not answer, and name them.
+
+        Raises:
+            UnavailableError: a shard does not answer, and `allow_partial` is not set.
+            ResourceExhaustedError, InvalidArgumentError: as a shard said.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.query_seconds
+        topology = self._watch.current.topology
+        while True:
+            gathered, failures = await self._ask_all(topology, method, request, deadline)
+            for failure in failures.values():
+                if isinstance(failure, InvalidArgumentError | ResourceExhaustedError):
+                    raise failure
+            problem = self._problem(gathered, failures)
+            if problem is None or (failures and allow_partial and not self._overlap(gathered)):
+                return gathered
+            # A shard that restarts, or a slot that moves, is back within moments: ask again as long as there is time.
+            if loop.time() + _AGAIN_SECONDS >= deadline:
+                raise UnavailableError(problem)
+            await asyncio.sleep(_AGAIN_SECONDS)
+            topology = (await self._watch.refresh()).topology
+
+    async def _ask_all(self, topology: Topology, method: str, request: Any, deadline: float) -> tuple[Gathered[Any], dict[str, TopKError]]:
+        seconds = deadline - asyncio.get_running_loop().time()
+        owning = [shard for index, shard in enumerate(topology.shards) if index in set(topology.owners)]
+        results = await asyncio.gather(
+            *(self._queries.ask(shard, method, request, seconds) for shard in owning), return_exceptions=True
+        )
+        answers: dict[str, Any] = {}
+        failures: dict[str, TopKError] = {}
+        for shard, result in zip(owning, results, strict=True):
+            if isinstance(result, TopKError):
+                failures[shard.shard_id] = result
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                answers[shard.shard_id] = result
+        return Gathered(topology, answers, tuple(failures)), failures
+
+    def _problem(self, gathered: Gathered[Any], failures: Mapping[str, TopKError]) -> str | None:
+        if failures:
+            shard_id, failure = next(iter(failures.items()))
+            return f"{shard_id} does not answer ({failure}): ask again, or set allow_partial to go without it"
+        if self._overlap(gathered):
+            return "two shards answer for the same slot: a slot is moving, ask again"
+        covered = sum(int(np.unpackbits(np.frombuffer(one.coverage.slots, np.uint8)).sum()) for one in gathered.answers.values())
+        if covered != gathered.topology.settings.slots:
+            return f"{gathered.topology.settings.slots - covered} slots are answered by no shard: a slot is moving, ask again"
+        return None
+
+    @staticmethod
+    def _overlap(gathered: Gathered[Any]) -> bool:
+        seen = np.zeros((gathered.topology.settings.slots + 7) // 8, np.uint8)
+        for answer in gathered.answers.values():
+            slots = np.frombuffer(answer.coverage.slots, np.uint8)
+            if (seen & slots).any():
+                return True
+            seen |= slots
+        return False

@@ -1,0 +1,164 @@
+"""The public gRPC service: bytes and messages in, answers out."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from topk_grpc._version import VERSION
+from topk_grpc.config import GatewaySettings
+from topk_grpc.errors import TopKError
+from topk_grpc.gateway.queries import Queries
+from topk_grpc.gateway.recorder import Recorder
+from topk_grpc.gateway.routing import RoutingWatch
+from topk_grpc.gateway.scatter import ShardQueries
+from topk_grpc.model import ShardInfo
+from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
+from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
+from topk_grpc.rpc import convert
+from topk_grpc.rpc.streams import messages
+
+_DESCRIBE_SECONDS = 2.0
+
+_Base: Any = pb_grpc.TopKServiceServicer
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class TopKService(_Base):  # type: ignore[misc]
+    """What clients call.
+
+    Args:
+        settings: the gateway's.
+        watch: follows the topology.
+        recorder: takes batches through.
+        queries: answers queries.
+        shard_queries: asks single shards.
+        drain: set when streams have to come to their end.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        watch: RoutingWatch,
+        recorder: Recorder,
+        queries: Queries,
+        shard_queries: ShardQueries,
+        drain: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._watch = watch
+        self._recorder = recorder
+        self._queries = queries
+        self._shard_queries = shard_queries
+        self._drain = drain
+
+    # --- Recording ----------------------------------------------------------------------------------------------------
+
+    async def stream_plays(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        """The raw StreamPlays: reads on while batches are under way, acknowledges in order."""
+        leave = asyncio.Event()
+        age = self._settings.stream_age_seconds * random.uniform(0.9, 1.0)
+        timer = asyncio.get_running_loop().call_later(age, leave.set)
+        drained = asyncio.create_task(self._leave_on_drain(leave))
+        acks: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(self._settings.stream_batches_max)
+        room = asyncio.Semaphore(self._settings.stream_batches_max)
+
+        async def read_all() -> None:
+            try:
+                async with aclosing(messages(requests, leave)) as incoming:
+                    async for raw in incoming:
+                        await room.acquire()
+                        await acks.put(asyncio.create_task(await self._recorder.begin(raw)))
+            finally:
+                await acks.put(None)
+
+        reader = asyncio.create_task(read_all())
+        try:
+            while (ack := await acks.get()) is not None:
+                await context.write(await ack)
+                room.release()
+            await reader
+        finally:
+            timer.cancel()
+            tasks: list[asyncio.Task[Any]] = [reader, drained]
+            while not acks.empty():
+                if (left := acks.get_nowait()) is not None:
+                    tasks.append(left)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _leave_on_drain(self, leave: asyncio.Event) -> None:
+        await self._drain.wait()
+        leave.set()
+
+    async def record_plays(self, raw: bytes, context: Context) -> bytes:
+        """The raw RecordPlays."""
+        return await self._recorder.record(raw)
+
+    # --- Queries ------------------------------------------------------------------------------------------------------
+
+    async def GetTopK(self, request: pb.GetTopKRequest, context: Context) -> pb.GetTopKResponse:  # noqa: N802
+        """The k best of a window."""
+        window = convert.window_from_pb(request.window if request.HasField("window") else None)
+        answer = await self._queries.top_k(
+            window, request.k, request.chart, convert.as_of_from_pb(request), allow_partial=request.allow_partial
+        )
+        return convert.answer_to_pb(answer)
+
+    async def GetSongs(self, request: pb.GetSongsRequest, context: Context) -> pb.GetSongsResponse:  # noqa: N802
+        """Count, rank and neighbours of songs."""
+        window = convert.window_from_pb(request.window if request.HasField("window") else None)
+        answer = await self._queries.songs(
+            window,
+            list(request.song_ids),
+            request.chart,
+            convert.as_of_from_pb(request),
+            request.neighbours,
+            allow_partial=request.allow_partial,
+        )
+        return convert.songs_answer_to_pb(answer)
+
+    async def ListCharts(self, request: pb.ListChartsRequest, context: Context) -> pb.ListChartsResponse:  # noqa: N802
+        """All charts with their totals."""
+        certificate, charts = await self._queries.charts(allow_partial=request.allow_partial)
+        return pb.ListChartsResponse(
+            certificate=convert.certificate_to_pb(certificate), charts=[convert.chart_to_pb(chart) for chart in charts]
+        )
+
+    async def DescribeCluster(self, request: pb.DescribeClusterRequest, context: Context) -> pb.DescribeClusterResponse:  # noqa: N802
+        """The shards, who owns what, and the settings."""
+        topology = self._watch.current.topology
+        shards = await asyncio.gather(*(self._describe(shard, len(topology.slots_of(shard.shard_id))) for shard in topology.shards))
+        return pb.DescribeClusterResponse(
+            cluster_id=topology.cluster_id,
+            epoch=topology.epoch,
+            slots=topology.settings.slots,
+            partitioner=topology.settings.partitioner,
+            resolution_ms=topology.settings.resolution_ms,
+            shards=shards,
+            gateway_version=VERSION,
+            k_max=self._settings.k_max,
+            batch_plays_max=self._settings.batch_plays_max,
+            message_bytes_max=self._settings.message_bytes_max,
+        )
+
+    async def _describe(self, shard: ShardInfo, slots: int) -> pb.ShardDescription:
+        described = pb.ShardDescription(shard_id=shard.shard_id, address=shard.address, slots=slots)
+        try:
+            answer = await self._shard_queries.ask(shard, "DescribeShard", shard_pb.DescribeShardRequest(), _DESCRIBE_SECONDS)
+        except TopKError:
+            return described
+        described.reachable = True
+        described.total_plays = answer.coverage.total_plays
+        described.songs = answer.songs
+        described.entries = answer.entries
+        described.newest_event_ms = answer.coverage.newest_event_ms
+        described.memory_bytes = answer.memory_bytes
+        return described

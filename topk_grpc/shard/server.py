@@ -1,0 +1,98 @@
+"""A shard's process: recover, take its place in the topology, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from topk_grpc.config import ShardSettings
+from topk_grpc.errors import TopKError
+from topk_grpc.kernels import compiled
+from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
+from topk_grpc.rpc import log
+from topk_grpc.rpc.lifecycle import StopRequest, graceful_stop
+from topk_grpc.rpc.server import Health, add_raw_handlers, add_reflection, bind, create_server, start_health_server
+from topk_grpc.shard.core import Identity, ShardCore
+from topk_grpc.shard.owner import ShardOwner
+from topk_grpc.shard.registration import check_directory, find_shard, register
+from topk_grpc.shard.service import ShardService
+from topk_grpc.topology.store import TopologyStore, open_store
+
+SERVICE = "topk.v1.ShardService"
+
+
+async def serve(settings: ShardSettings) -> None:
+    """Runs a shard until SIGTERM or SIGINT.
+
+    Raises:
+        TopKError: it cannot start (the message says why and what to do), or its log failed.
+    """
+    log.configure(settings.log_level, role="shard", shard=settings.shard_id)
+    stop = StopRequest().install(stdin=settings.exit_with_stdin)
+    if not compiled():
+        log.warning("kernels_uncompiled", consequence="hundreds of times slower", remedy="install a C compiler, then `make install`")
+    store = open_store(settings.topology)
+    try:
+        await _serve(settings, stop, store)
+    finally:
+        await store.close()
+        stop.uninstall()
+
+
+async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStore) -> None:
+    topology = await store.read()
+    info = find_shard(topology, settings.shard_id)
+    identity = Identity(topology.cluster_id, settings.shard_id)
+    core = ShardCore(settings, topology.settings)
+    check_directory(info, core.directory_id, settings.data_dir)
+    server = create_server(settings.message_bytes_max * 4)  # parts of several clients' messages travel together
+    health = Health()
+    await health.register(server)
+    servers = [server]
+    address = await bind(server, settings.listen)
+    if settings.health_port:
+        health_server, _ = await start_health_server(health, settings.listen, settings.health_port)
+        servers.append(health_server)
+    service = ShardService(identity, stop.event)
+    pb_grpc.add_ShardServiceServicer_to_server(service, server)
+    add_raw_handlers(server, SERVICE, stream_stream={"Append": service.append})
+    add_reflection(server, [SERVICE])
+    await server.start()
+    try:
+        await _recover(core, settings)
+        core.own(identity, topology.slots_of(settings.shard_id))
+        owner = ShardOwner(core, settings)
+        service.open(owner)
+        await register(store, settings.shard_id, settings.advertise or address, core.directory_id, settings.data_dir)
+        await health.set(ready=True)
+        log.event("ready", address=address, cluster=topology.cluster_id, songs=len(core.state.songs), position=core.position)
+        await _serve_until_stopped(settings, stop, owner, health, servers)
+    except BaseException:
+        await asyncio.gather(*(each.stop(None) for each in servers))
+        raise
+
+
+async def _recover(core: ShardCore, settings: ShardSettings) -> None:
+    started = time.monotonic()
+    with ThreadPoolExecutor(1, "recovery") as thread:
+        notes = await asyncio.get_running_loop().run_in_executor(thread, core.recover)
+    for note in notes:
+        log.warning("recovery_note", note=note, data_dir=settings.data_dir)
+    log.event("recovered", seconds=round(time.monotonic() - started, 3), position=core.position, songs=len(core.state.songs))
+
+
+async def _serve_until_stopped(settings: ShardSettings, stop: StopRequest, owner: ShardOwner, health: Health, servers: list[grpc.aio.Server]) -> None:
+    """Serves until asked to stop, or until the log fails: then at once, with an error."""
+    asked = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((asked, owner.failed), return_when=asyncio.FIRST_COMPLETED)
+    if owner.failed.done():
+        asked.cancel()
+        failure: TopKError = owner.failed.result()
+        raise failure
+    log.event("stopping", reason=asked.result(), drain_seconds=settings.drain_seconds)
+    await graceful_stop(servers, health, settings.drain_seconds, stop.urgent)
+    await owner.close(snapshot=True)
+    log.event("stopped")

@@ -1,0 +1,176 @@
+"""The shard's gRPC service: bytes and messages in, the owner's answers out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any, Final
+
+import grpc
+
+from topk_grpc.engine import query
+from topk_grpc.engine.query import Scope, Totals
+from topk_grpc.errors import InvalidArgumentError, NotReadyError, WrongServerError
+from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
+from topk_grpc.rpc import convert
+from topk_grpc.rpc.streams import messages
+from topk_grpc.shard.core import Identity, ShardCore
+from topk_grpc.shard.owner import ShardOwner
+
+SHARD_ID_KEY: Final = "topk-shard-id"
+CLUSTER_ID_KEY: Final = "topk-cluster-id"
+_STREAM_REQUESTS_MAX: Final = 64
+
+_Base: Any = pb_grpc.ShardServiceServicer
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ShardService(_Base):  # type: ignore[misc]
+    """Answers the gateways of the shard's own cluster.
+
+    Args:
+        identity: who is served here; calls meant for others are refused.
+        drain: set when streams have to come to their end.
+    """
+
+    def __init__(self, identity: Identity, drain: asyncio.Event) -> None:
+        self._recovered: ShardOwner | None = None
+        self._identity = identity
+        self._drain = drain
+
+    def open(self, owner: ShardOwner) -> None:
+        """Serves from here on; until then every call is told to come again."""
+        self._recovered = owner
+
+    @property
+    def _owner(self) -> ShardOwner:
+        if self._recovered is None:
+            raise NotReadyError(f"{self._identity.shard_id} is recovering from its log: try again soon")
+        return self._recovered
+
+    def _check_addressee(self, context: Context) -> None:
+        metadata = {key: value for key, value in context.invocation_metadata() or ()}
+        meant = (metadata.get(CLUSTER_ID_KEY), metadata.get(SHARD_ID_KEY))
+        if meant != (self._identity.cluster_id, self._identity.shard_id):
+            raise WrongServerError(
+                f"this is {self._identity.shard_id} of cluster {self._identity.cluster_id}, the call is meant for {meant[1]} of cluster"
+                f" {meant[0]}: read the topology again"
+            )
+
+    async def append(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        """The raw Append: reads on while requests are under way, answers in order."""
+        self._check_addressee(context)
+        answers: asyncio.Queue[asyncio.Future[bytes] | None] = asyncio.Queue(_STREAM_REQUESTS_MAX)
+
+        async def read_all() -> None:
+            try:
+                async with aclosing(messages(requests, self._drain)) as incoming:
+                    async for request in incoming:
+                        await answers.put(await self._owner.append(request))
+            finally:
+                await answers.put(None)
+
+        reader = asyncio.create_task(read_all())
+        try:
+            while (answer := await answers.get()) is not None:
+                await context.write(await answer)
+            await reader
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def QueryTopK(self, request: pb.QueryTopKRequest, context: Context) -> pb.QueryTopKResponse:  # noqa: N802
+        """The shard's k best."""
+        self._check_addressee(context)
+        scope = _scope(request.scope)
+
+        def answer(core: ShardCore) -> pb.QueryTopKResponse:
+            ranked, totals = query.top_k(core.state, scope, request.k)
+            return pb.QueryTopKResponse(coverage=_coverage(core, totals), song_ids=ranked.song_ids, counts=ranked.counts)
+
+        if await self._owner.read(lambda core: query.scans(core.state, scope, request.k)):
+            return await self._owner.scan(("top_k", scope, request.k), answer)
+        return await self._owner.read(answer)
+
+    async def QueryCounts(self, request: pb.QueryCountsRequest, context: Context) -> pb.QueryCountsResponse:  # noqa: N802
+        """The counts of songs."""
+        self._check_addressee(context)
+        scope = _scope(request.scope)
+        song_ids = tuple(request.song_ids)
+
+        def answer(core: ShardCore) -> pb.QueryCountsResponse:
+            counts, totals = query.counts_of(core.state, scope, song_ids)
+            return pb.QueryCountsResponse(coverage=_coverage(core, totals), counts=counts)
+
+        return await self._owner.scan(("counts", scope, song_ids), answer)
+
+    async def QueryRanks(self, request: pb.QueryRanksRequest, context: Context) -> pb.QueryRanksResponse:  # noqa: N802
+        """How many entries stand above places, and the nearest around."""
+        self._check_addressee(context)
+        scope = _scope(request.scope)
+        places = tuple((place.song_id, place.count) for place in request.places)
+
+        def answer(core: ShardCore) -> pb.QueryRanksResponse:
+            standings, totals = query.standings(core.state, scope, places, request.neighbours)
+            return pb.QueryRanksResponse(
+                coverage=_coverage(core, totals),
+                standings=[
+                    pb.PlaceStanding(above_count=one.above_count, above=_places(one.above), below=_places(one.below)) for one in standings
+                ],
+            )
+
+        return await self._owner.scan(("ranks", scope, places, request.neighbours), answer)
+
+    async def QueryCharts(self, request: pb.QueryChartsRequest, context: Context) -> pb.QueryChartsResponse:  # noqa: N802
+        """All charts with their totals."""
+        self._check_addressee(context)
+
+        def answer(core: ShardCore) -> pb.QueryChartsResponse:
+            charts = query.charts(core.state)
+            return pb.QueryChartsResponse(
+                coverage=_coverage(core, query.totals(core.state, Scope())),
+                charts=[name for name, _ in charts],
+                total_plays=[totals.plays for _, totals in charts],
+                distinct_songs=[totals.songs for _, totals in charts],
+            )
+
+        return await self._owner.scan("charts", answer)
+
+    async def DescribeShard(self, request: pb.DescribeShardRequest, context: Context) -> pb.DescribeShardResponse:  # noqa: N802
+        """The shard's load and position."""
+        self._check_addressee(context)
+
+        def answer(core: ShardCore) -> pb.DescribeShardResponse:
+            state = core.state
+            return pb.DescribeShardResponse(
+                coverage=_coverage(core, query.totals(state, Scope())),
+                songs=len(state.songs),
+                entries=state.entries,
+                memory_bytes=state.memory_bytes,
+            )
+
+        return await self._owner.read(answer)
+
+
+def _scope(message: pb.Scope) -> Scope:
+    bounds = convert.bounds_from_pb(message.bounds) if message.HasField("bounds") else None
+    if bounds is not None and bounds.end_ms < bounds.start_ms:
+        raise InvalidArgumentError(f"the window ends at {bounds.end_ms} ms, before it starts at {bounds.start_ms} ms")
+    return Scope(message.chart, bounds)
+
+
+def _coverage(core: ShardCore, totals: Totals) -> pb.Coverage:
+    state = core.state
+    return pb.Coverage(
+        slots=state.slots_bitmap,
+        log_position=core.position,
+        newest_event_ms=state.newest_event_ms,
+        total_plays=totals.plays,
+        distinct_songs=totals.songs,
+    )
+
+
+def _places(ranked: query.Ranked) -> Sequence[pb.Place]:
+    return [pb.Place(song_id=song_id, count=count) for song_id, count in zip(ranked.song_ids, ranked.counts, strict=True)]
