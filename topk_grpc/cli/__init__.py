@@ -1,1 +1,1 @@
-""""""
+"""The command `topk`; cli/main.py lists what it can do."""

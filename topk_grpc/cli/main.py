@@ -1,0 +1,283 @@
+"""The command `topk`: what can be said on the command line. Each command's work stands in a module of its own.
+
+Those modules are imported when their command runs, so that `topk top` does not wait for what only `topk ingest` needs.
+Exit status: 0 it worked, 1 it failed, 2 the command line is wrong. A user's mistake is one line on stderr, `error: …`;
+TOPK_DEBUG=1 adds the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from topk_grpc._version import VERSION
+from topk_grpc.cli import settings
+from topk_grpc.config import GatewaySettings, ShardSettings
+from topk_grpc.errors import TopKError
+
+app: Final = typer.Typer(
+    name="topk",
+    help="Exact, windowed top-K over a stream of plays, served by a gRPC cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cluster_app: Final = typer.Typer(help="The cluster itself.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
+
+Gateway = Annotated[
+    str,
+    typer.Option(
+        envvar="TOPK_GATEWAY",
+        metavar="HOST:PORT[,…]",
+        help="The gateway; several with commas between them, or a dns:///NAME:PORT, share the load.",
+    ),
+]
+GATEWAY_DEFAULT: Final = "127.0.0.1:50050"
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+Window = Annotated[
+    str, typer.Option("--window", "-w", help="global, or tumbling:SIZE[@OFFSET] as in tumbling:1d or tumbling:7d@4d.")
+]
+Chart = Annotated[str, typer.Option(help="The chart to rank in; the global one if not given.")]
+AsOf = Annotated[
+    str,
+    typer.Option(
+        "--as-of",
+        metavar="T",
+        help="The instant the window is taken at: ISO 8601 (no offset: UTC), epoch milliseconds, or latest (the newest "
+        "play). Default: now.",
+    ),
+]
+AllowPartial = Annotated[bool, typer.Option(help="Answer without the shards that are down, instead of failing.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from topk_grpc import kernels
+
+        print(f"topk-grpc {VERSION}, {'compiled' if kernels.compiled() else 'pure Python'} kernels")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Exact, windowed top-K over a stream of plays, served by a gRPC cluster."""
+
+
+# --- Servers ----------------------------------------------------------------------------------------------------------
+
+
+@app.command("up")
+@settings.with_tunables
+def up(
+    data_dir: Annotated[
+        Path, typer.Option(envvar="TOPK_DATA_DIR", help="Where the plays are kept; made if it does not exist.")
+    ],
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Shard processes. Default: as the data directory has, or 2 in a new one."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The gateway's port; 0 takes a free one.")] = 50050,
+    host: Annotated[
+        str, typer.Option(help="The address the gateway listens on. There is no authentication: keep it local.")
+    ] = "127.0.0.1",
+    environment: Any = None,
+) -> None:
+    """Run a whole cluster on this machine: shard processes and a gateway, restarted if they die.
+
+    Prints `ready: HOST:PORT` when every shard answers. Ctrl-C stops it; the plays are kept.
+    """
+    from topk_grpc.cli.up import run
+
+    run(data_dir, shards=shards, host=host, port=port, environment=environment)
+
+
+def _run_shard(role: ShardSettings) -> None:
+    """Run one shard: the part of the songs that it owns, on disk and in memory."""
+    from topk_grpc.cli.serve import run_shard
+
+    run_shard(role)
+
+
+def _run_gateway(role: GatewaySettings) -> None:
+    """Run one gateway: takes plays and queries for all shards. Stateless; run as many as you like."""
+    from topk_grpc.cli.serve import run_gateway
+
+    run_gateway(role)
+
+
+app.command("shard")(settings.command_from(ShardSettings, _run_shard))
+app.command("gateway")(settings.command_from(GatewaySettings, _run_gateway))
+
+
+# --- Plays in ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def ingest(  # noqa: PLR0917  # typer makes options of them
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE…", help="CSV, NDJSON or Parquet, also .gz or .zst; - is standard input."),
+    ],
+    song: Annotated[list[str], typer.Option(metavar="COLUMN", help="The song; several are joined with ' - '.")],
+    time: Annotated[
+        str, typer.Option(metavar="COLUMN", help="When it was played: ISO 8601 (no offset: UTC), or a number.")
+    ],
+    chart: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="A chart to count the play in besides the global one.")
+    ] = None,
+    count: Annotated[str | None, typer.Option(metavar="COLUMN", help="How many plays a row stands for.")] = None,
+    time_unit: Annotated[
+        str,
+        typer.Option(metavar="auto|s|ms|us|ns", help="The unit of times that are numbers; auto goes by their size."),
+    ] = "auto",
+    file_format: Annotated[
+        str, typer.Option("--format", metavar="auto|csv|ndjson|parquet", help="auto goes by name and content.")
+    ] = "auto",
+    delimiter: Annotated[str, typer.Option(help="Between the cells of a CSV; default: a comma, a tab in .tsv.")] = "",
+    producer_id: Annotated[
+        str | None,
+        typer.Option(
+            help="For standard input: a name of this stream. The same one with the same rows from the start resumes it."
+        ),
+    ] = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad", help="Leave out rows that cannot be read, instead of stopping before anything is sent."
+        ),
+    ] = False,
+    gateway: Gateway = GATEWAY_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Load plays from files. The same file again counts once, so after any failure just run it again.
+
+    A file is looked through before its first row is sent: if a cell cannot be read, nothing of it was counted.
+    """
+    from topk_grpc.cli.ingest import Request, run
+    from topk_grpc.cli.mapping import Mapping
+
+    mapping = Mapping(tuple(song), time, chart, count, time_unit)
+    run(Request(tuple(files), mapping, file_format, delimiter, producer_id, skip_bad, gateway, json))
+
+
+# --- Answers out ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def top(  # noqa: PLR0917  # typer makes options of them
+    window: Window = "global",
+    k: Annotated[int, typer.Option("-k", "--k", help="How many songs, 1 to 10,000.")] = 10,
+    chart: Chart = "",
+    as_of: AsOf = "",
+    allow_partial: AllowPartial = False,
+    gateway: Gateway = GATEWAY_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Show the k songs with the most plays in a window, exactly."""
+    from topk_grpc.cli.queries import Query, run_top
+
+    run_top(Query(window, chart, as_of, allow_partial, gateway, json), k)
+
+
+@app.command()
+def rank(  # noqa: PLR0917  # typer makes options of them
+    songs: Annotated[list[str], typer.Argument(metavar="SONG…", help="1 to 100 songs.")],
+    window: Window = "global",
+    neighbours: Annotated[
+        int, typer.Option("--neighbours", "-n", help="Songs to show above and below each, 0 to 100.")
+    ] = 0,
+    chart: Chart = "",
+    as_of: AsOf = "",
+    allow_partial: AllowPartial = False,
+    gateway: Gateway = GATEWAY_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Show count and rank of given songs."""
+    from topk_grpc.cli.queries import Query, run_rank
+
+    run_rank(Query(window, chart, as_of, allow_partial, gateway, json), songs, neighbours)
+
+
+@app.command()
+def charts(gateway: Gateway = GATEWAY_DEFAULT, json: Json = False) -> None:
+    """List the charts with their totals."""
+    from topk_grpc.cli.queries import run_charts
+
+    run_charts(gateway, json)
+
+
+@cluster_app.command()
+def status(gateway: Gateway = GATEWAY_DEFAULT, json: Json = False) -> None:
+    """Show the shards: where they are, what they own and hold."""
+    from topk_grpc.cli.queries import run_status
+
+    run_status(gateway, json)
+
+
+# --- Show and measure -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(  # noqa: PLR0917  # typer makes options of them
+    seconds: Annotated[float, typer.Option(min=0.1, max=86_400, help="How long to send.")] = 10,
+    songs: Annotated[int, typer.Option(min=1, max=50_000_000, help="Different songs.")] = 1_000_000,
+    zipf: Annotated[float, typer.Option(min=0, max=5, help="Exponent of the songs' popularity; 0: all alike.")] = 1.0,
+    batch_plays: Annotated[int, typer.Option(min=1, max=65_536, help="Plays a batch.")] = 8192,
+    producers: Annotated[int, typer.Option(min=1, max=64, help="Streams at once.")] = 2,
+    in_flight: Annotated[int, typer.Option(min=1, max=63, help="Unacknowledged batches a stream.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the songs drawn.")] = 1,
+    gateway: Gateway = GATEWAY_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Load a running cluster with generated plays and measure it. The plays stay in the cluster."""
+    from topk_grpc.cli.bench import Load, run
+
+    run(Load(seconds, songs, zipf, batch_plays, producers, in_flight, seed), gateway, json)
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float, typer.Option(min=2, max=3600, help="About how long to stream.")] = 20,
+    shards: Annotated[int, typer.Option(min=1, max=16, help="Shard processes.")] = 2,
+    songs: Annotated[
+        int | None,
+        typer.Option(
+            min=100, max=10_000_000, help="Different songs. Default: a million, fewer where kernels are not compiled."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the generated stream.")] = 1,
+) -> None:
+    """Show the whole story in a minute: a cluster, a stream, a kill -9 in the middle, and every count checked."""
+    from topk_grpc.cli.demo import run
+
+    raise typer.Exit(run(seconds=seconds, shards=shards, songs=songs, seed=seed))
+
+
+def main() -> None:
+    """The console entry point. Never returns."""
+    try:
+        app(prog_name="topk")
+    except TopKError as error:
+        _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    if os.environ.get("TOPK_DEBUG", "") not in ("", "0"):
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    sys.exit(1)

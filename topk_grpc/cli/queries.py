@@ -1,0 +1,245 @@
+"""`topk top`, `rank`, `charts` and `cluster status`: ask once, print a table or JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from topk_grpc.client import TopKClient
+from topk_grpc.model import Answer, Bounds, Certificate, Entry, SongsAnswer, SongStanding, format_time
+
+if TYPE_CHECKING:
+    from topk_grpc.pb.topk.v1.topk_service_pb2 import DescribeClusterResponse
+
+Result = TypeVar("Result")
+
+_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What `top` and `rank` have in common."""
+
+    window: str
+    chart: str
+    as_of: str
+    allow_partial: bool
+    gateway: str
+    json: bool
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For the client's methods."""
+        return {"chart": self.chart or None, "as_of": self.as_of or None, "allow_partial": self.allow_partial}
+
+
+def targets(gateway: str) -> str | list[str]:
+    """What `--gateway` names: one target, or several with commas between them."""
+    names = [name.strip() for name in gateway.split(",") if name.strip()]
+    return names if len(names) > 1 else gateway
+
+
+def ask(gateway: str, question: Callable[[TopKClient], Awaitable[Result]]) -> Result:
+    """Asks a cluster one question.
+
+    Raises:
+        TopKError: it does not answer, or refuses.
+    """
+
+    async def run() -> Result:
+        async with TopKClient(targets(gateway), deadline_seconds=_SECONDS) as client:
+            return await question(client)
+
+    return asyncio.run(run())
+
+
+def run_top(query: Query, k: int) -> None:
+    """Prints the k best."""
+    answer = ask(query.gateway, lambda client: client.top_k(query.window, k, **query.arguments))
+    if query.json:
+        _print_json(answer_as_json(answer))
+        return
+    console = Console()
+    console.print(top_table(answer, _title(query, answer.bounds)))
+    console.print(certificate_line(answer.certificate), soft_wrap=True)
+
+
+def run_rank(query: Query, song_ids: Sequence[str], neighbours: int) -> None:
+    """Prints where songs stand."""
+    answer = ask(
+        query.gateway, lambda client: client.songs(song_ids, query.window, neighbours=neighbours, **query.arguments)
+    )
+    if query.json:
+        _print_json(songs_as_json(answer))
+        return
+    console = Console()
+    table = _songs_table(_title(query, answer.bounds))
+    for song in answer.songs:
+        for entry in song.above:
+            table.add_row(f"{entry.rank:,}", escape(entry.song_id), f"{entry.count:,}", style="dim")
+        table.add_row(
+            "–" if song.rank is None else f"{song.rank:,}", escape(song.song_id), f"{song.count:,}", style="bold"
+        )
+        for entry in song.below:
+            table.add_row(f"{entry.rank:,}", escape(entry.song_id), f"{entry.count:,}", style="dim")
+        table.add_section()
+    console.print(table)
+    console.print(certificate_line(answer.certificate), soft_wrap=True)
+
+
+def run_charts(gateway: str, as_json: bool) -> None:
+    """Prints the charts."""
+    charts = ask(gateway, lambda client: client.charts())
+    if as_json:
+        _print_json({"charts": [asdict(chart) for chart in charts]})
+        return
+    table = Table()
+    table.add_column("chart")
+    table.add_column("plays", justify="right")
+    table.add_column("songs", justify="right")
+    for chart in charts:
+        table.add_row(escape(chart.chart), f"{chart.total_plays:,}", f"{chart.distinct_songs:,}")
+    Console().print(table)
+
+
+def run_status(gateway: str, as_json: bool) -> None:
+    """Prints the shards."""
+    cluster = ask(gateway, lambda client: client.describe())
+    if as_json:
+        _print_json(status_as_json(cluster))
+        return
+    console = Console()
+    table = Table(
+        title=f"cluster {cluster.cluster_id}, epoch {cluster.epoch}, {cluster.slots:,} slots by {cluster.partitioner}"
+    )
+    table.add_column("shard")
+    table.add_column("address")
+    for name in ("slots", "plays", "songs", "entries", "memory", "newest play"):
+        table.add_column(name, justify="right")
+    for shard in cluster.shards:
+        held = (
+            f"{shard.total_plays:,}",
+            f"{shard.songs:,}",
+            f"{shard.entries:,}",
+            f"{shard.memory_bytes / (1 << 20):,.1f} MiB",
+            format_time(shard.newest_event_ms) if shard.newest_event_ms else "–",
+        )
+        unknown = ("does not answer", "", "", "", "")
+        table.add_row(
+            shard.shard_id,
+            shard.address or "–",
+            f"{shard.slots:,}",
+            *(held if shard.reachable else unknown),
+            style=None if shard.reachable else "red",
+        )
+    console.print(table)
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def _songs_table(title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("rank", justify="right")
+    table.add_column("song", overflow="fold")
+    table.add_column("plays", justify="right")
+    return table
+
+
+def top_table(answer: Answer, title: str) -> Table:
+    """The entries of an answer."""
+    table = _songs_table(title)
+    for entry in answer.entries:
+        table.add_row(f"{entry.rank:,}", escape(entry.song_id), f"{entry.count:,}")
+    return table
+
+
+def _title(query: Query, bounds: Bounds | None) -> str:
+    span = "all time" if bounds is None else f"{format_time(bounds.start_ms)} to {format_time(bounds.end_ms)}"
+    return escape(f"{query.window}: {span}" + (f", chart {query.chart}" if query.chart else ""))
+
+
+def certificate_line(certificate: Certificate) -> str:
+    """How far an answer can be trusted, in a line."""
+    missing = ", ".join(certificate.missing_shards)
+    complete = "exact, all shards answered" if certificate.complete else f"PARTIAL, without {missing}"
+    watermark = format_time(certificate.watermark_ms) if certificate.watermark_ms else "none yet"
+    return escape(
+        f"{certificate.total_plays:,} plays of {certificate.distinct_songs:,} songs; {complete}; "
+        f"{certificate.finality.value.lower()}; newest play {watermark}; epoch {certificate.epoch}"
+    )
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False))  # noqa: T201
+
+
+def answer_as_json(answer: Answer) -> dict[str, Any]:
+    """As documented in docs/cli.md: integers are numbers, the bounds of the global window null."""
+    return {
+        "window": _window(answer.bounds),
+        "certificate": _certificate(answer.certificate),
+        "entries": [_entry(entry) for entry in answer.entries],
+    }
+
+
+def songs_as_json(answer: SongsAnswer) -> dict[str, Any]:
+    """As `answer_as_json`; the rank of a song without plays is null."""
+    return {
+        "window": _window(answer.bounds),
+        "certificate": _certificate(answer.certificate),
+        "songs": [_standing(song) for song in answer.songs],
+    }
+
+
+def status_as_json(cluster: DescribeClusterResponse) -> dict[str, Any]:
+    """The message's fields by their names."""
+    from google.protobuf.json_format import MessageToDict
+
+    # MessageToDict writes 64-bit integers as texts, as JSON mappings of protobuf have to; here they are numbers.
+    value = MessageToDict(cluster, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    texts = {"cluster_id", "partitioner", "gateway_version", "shard_id", "address"}
+
+    def numbers(fields: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: int(each) if isinstance(each, str) and name not in texts else each for name, each in fields.items()
+        }
+
+    return numbers(value) | {"shards": [numbers(shard) for shard in value["shards"]]}
+
+
+def _window(bounds: Bounds | None) -> dict[str, int | None]:
+    if bounds is None:
+        return {"start_ms": None, "end_ms": None}
+    return {"start_ms": bounds.start_ms, "end_ms": bounds.end_ms}
+
+
+def _certificate(certificate: Certificate) -> dict[str, Any]:
+    return asdict(certificate) | {
+        "missing_shards": list(certificate.missing_shards),
+        "finality": certificate.finality.value,
+    }
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    return {"rank": entry.rank, "song_id": entry.song_id, "count": entry.count}
+
+
+def _standing(song: SongStanding) -> dict[str, Any]:
+    return {
+        "song_id": song.song_id,
+        "count": song.count,
+        "rank": song.rank,
+        "above": [_entry(entry) for entry in song.above],
+        "below": [_entry(entry) for entry in song.below],
+    }

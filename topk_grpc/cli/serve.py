@@ -1,0 +1,52 @@
+"""`topk shard` and `topk gateway`: one role in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+import uvloop
+
+from topk_grpc import kernels
+from topk_grpc.config import GatewaySettings, ShardSettings
+
+SLOW_KERNELS = (
+    "warning: the kernels are not compiled; everything is exact, but hundreds of times slower. "
+    "Install a C compiler and Python's headers, then install topk-grpc again"
+)
+
+
+def warn_if_slow() -> None:
+    """Says on stderr that the kernels run uncompiled, if they do."""
+    if not kernels.compiled():
+        print(SLOW_KERNELS, file=sys.stderr)  # noqa: T201
+
+
+def run_shard(settings: ShardSettings) -> None:
+    """Runs a shard until it is told to stop.
+
+    Raises:
+        TopKError: it cannot start, or cannot go on.
+    """
+    from topk_grpc.shard.server import serve
+
+    _run(serve(settings))
+
+
+def run_gateway(settings: GatewaySettings) -> None:
+    """Runs a gateway until it is told to stop.
+
+    Raises:
+        TopKError: it cannot start, or cannot go on.
+    """
+    from topk_grpc.gateway.server import serve
+
+    _run(serve(settings))
+
+
+def _run(server: Coroutine[Any, Any, None]) -> None:
+    warn_if_slow()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(server)
