@@ -34,7 +34,8 @@ _NOT_OWNER = cython.declare(cython.uchar, 3)
 def _find(keys: cython.ulonglong[::1], key: cython.ulonglong) -> cython.Py_ssize_t:
     """Where the key lies, or would."""
     mask: cython.ulonglong = keys.shape[0] - 1
-    at: cython.ulonglong = ((key * _MIX) & MASK64) >> 20 & mask
+    at: cython.ulonglong = (key * _MIX) & MASK64
+    at = (at ^ (at >> 32)) & mask  # both halves: the producer is in the upper one, the slot in the lower
     while keys[cython.cast(cython.Py_ssize_t, at)] != 0 and keys[cython.cast(cython.Py_ssize_t, at)] != key:
         at = (at + 1) & mask
     return cython.cast(cython.Py_ssize_t, at)

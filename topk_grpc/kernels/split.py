@@ -190,6 +190,7 @@ def combine(
         stands_for, bodies, shard_bytes = memoryview(stands_for), memoryview(bodies), memoryview(shard_bytes)
     i: cython.Py_ssize_t
     j: cython.Py_ssize_t
+    k: cython.int
     other: cython.Py_ssize_t
     at: cython.Py_ssize_t
     body: cython.Py_ssize_t
@@ -215,7 +216,11 @@ def combine(
                 bucket = _floor(times[i], resolution)
                 last_bucket = bucket
                 last_second = bucket * resolution
-            key = ((hashes[i] ^ ((_unsigned(bucket) * _MIX) & MASK64)) * _MIX) & MASK64
+            key = hashes[i] ^ ((_unsigned(bucket) * _MIX) & MASK64)
+            for j in range(chart_bounds[i], chart_bounds[i + 1]):
+                for k in range(chart_sizes[j]):
+                    key = ((key ^ data[chart_starts[j] + k]) * _MIX) & MASK64
+            key = (key * _MIX) & MASK64
             at = cython.cast(cython.Py_ssize_t, (key >> 32) & mask)
             while True:
                 other = table[at] - 1
@@ -229,8 +234,12 @@ def combine(
                     and _floor(times[other], resolution) == bucket
                     and _same(data, song_starts[other], song_starts[i], song_sizes[i])
                     and _same_charts(data, chart_bounds, chart_starts, chart_sizes, other, i)
-                    and counts[i] <= _COUNT_MAX - counts[other]
                 ):
+                    if counts[i] > _COUNT_MAX - counts[other]:
+                        # Takes the full one's place. With both in the table each such play would pass all before it.
+                        table[at] = cython.cast(cython.int, i + 1)
+                        stands_for[i] = cython.cast(cython.int, i)
+                        break
                     counts[other] += counts[i]
                     if times[i] > times[other]:
                         times[other] = times[i]

@@ -7,7 +7,8 @@ the arena):
 - `starts[number]` is where the record's bytes begin in the arena;
 - the index is an open-addressing table (linear probing, at most 3/4 full) of uint64: 0 is free, else the top 24 bits of
   the hash above the record's arena offset + 1 in 40 bits. A probe costs one cache line here and one in the arena, where
-  the bytes themselves are compared: equal hashes alone prove nothing.
+  the bytes themselves are compared: equal hashes alone prove nothing. Where a string's search begins is not taken from
+  the lowest bits of its hash: they are its slot, and a shard that owns few slots would see few of their values.
 
 The index is not stored: it is rebuilt from the arena, read in order.
 """
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from topk_grpc.kernels.hash import hash_columns
 
+_HOME_SHIFT = cython.declare(cython.int, 16)
 _TAG_SHIFT = cython.declare(cython.int, 40)
 _OFFSET_MASK = cython.declare(cython.ulonglong, (1 << 40) - 1)
 _HEADER = cython.declare(cython.Py_ssize_t, 6)
@@ -90,7 +92,7 @@ def intern(
     with cython.nogil:
         for i in range(rows):
             tag = hashes[i] >> _TAG_SHIFT
-            at = hashes[i] & mask
+            at = (hashes[i] >> _HOME_SHIFT) & mask
             size = sizes[i]
             while True:
                 slot = index[cython.cast(cython.Py_ssize_t, at)]
@@ -151,7 +153,7 @@ def place(
     mask: cython.ulonglong = index.shape[0] - 1
     with cython.nogil:
         for i in range(rows):
-            at = hashes[i] & mask
+            at = (hashes[i] >> _HOME_SHIFT) & mask
             while index[cython.cast(cython.Py_ssize_t, at)] != 0:
                 at = (at + 1) & mask
             index[cython.cast(cython.Py_ssize_t, at)] = ((hashes[i] >> _TAG_SHIFT) << _TAG_SHIFT) | cython.cast(
