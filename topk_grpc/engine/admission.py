@@ -97,7 +97,9 @@ class Admission:
 
     def response(self) -> bytes:
         """The AppendResponse, once the record is durable and applied."""
-        return pb.AppendResponse(request_id=self.request_id, outcomes=[part.outcome for part in self.parts]).SerializeToString()
+        return pb.AppendResponse(
+            request_id=self.request_id, outcomes=[part.outcome for part in self.parts]
+        ).SerializeToString()
 
 
 def read_request(request: bytes | memoryview) -> tuple[list[Part], int]:
@@ -113,9 +115,13 @@ def read_request(request: bytes | memoryview) -> tuple[list[Part], int]:
         wrong = np.flatnonzero(columns.reasons)
         if len(wrong):
             reason = REASONS[columns.reasons[wrong[0]]]
-            raise InvalidArgumentError(f"part {index} of the request, play {wrong[0]}: {reason}; gateways send checked plays only")
+            raise InvalidArgumentError(
+                f"part {index} of the request, play {wrong[0]}: {reason}; gateways send checked plays only"
+            )
         if not columns.sequence or not columns.producer_size:
-            raise InvalidArgumentError(f"part {index} of the request has no producer_id or no sequence; gateways send checked batches only")
+            raise InvalidArgumentError(
+                f"part {index} of the request has no producer_id or no sequence; gateways send checked batches only"
+            )
         parts.append(Part(columns, hash_strings(request, columns.song_starts, columns.song_sizes)))
     return parts, int(numbers[1])
 

@@ -41,7 +41,9 @@ def apply_part(state: ShardState, request: bytes | memoryview, part: Part) -> No
     newest = int(times.max())
     state.newest_event_ms = newest if not state.newest_event_ms else max(newest, state.newest_event_ms)
     board = state.boards[GLOBAL]
-    board.add(songs, np.zeros(len(songs), np.int32), buckets, counts, state.songs_of(GLOBAL), state.songs, len(state.songs))
+    board.add(
+        songs, np.zeros(len(songs), np.int32), buckets, counts, state.songs_of(GLOBAL), state.songs, len(state.songs)
+    )
     state.pending_plays = max(0, state.pending_plays - int(counts.sum()))
     if columns.charts_used:
         _apply_charts(state, part, songs, buckets, counts)
@@ -61,7 +63,13 @@ def _apply_charts(state: ShardState, part: Part, songs: np.ndarray, buckets: np.
         return
     entries = state.pairs.add(pair_charts[:pairs], pair_songs[:pairs])
     state.boards[CHARTS].add(
-        entries, pair_charts[:pairs], pair_buckets[:pairs], pair_counts[:pairs], state.songs_of(CHARTS), state.songs, len(state.pairs)
+        entries,
+        pair_charts[:pairs],
+        pair_buckets[:pairs],
+        pair_counts[:pairs],
+        state.songs_of(CHARTS),
+        state.songs,
+        len(state.pairs),
     )
 
 
@@ -112,5 +120,7 @@ def _follow(state: ShardState, request: memoryview, part: Part, verdict: pb.Verd
         numbers = np.full(used, -1, np.int32)
         chosen = np.ones(columns.count, bool) if part.chosen is None else part.chosen == 1
         wanted = np.repeat(chosen, np.diff(columns.chart_bounds))
-        numbers[wanted] = state.charts.add(request, starts[wanted], sizes[wanted], hash_strings(request, starts[wanted], sizes[wanted]))
+        numbers[wanted] = state.charts.add(
+            request, starts[wanted], sizes[wanted], hash_strings(request, starts[wanted], sizes[wanted])
+        )
         part.chart_numbers = numbers

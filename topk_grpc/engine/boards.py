@@ -93,7 +93,16 @@ class Board:
         self._reserve(known, int(charts.max()) + 1)
         add_counts(self._rows, self._totals, entries, charts, counts, len(entries))
         offer(
-            self._heap_entries, self._heap_keys, self._heap_sizes, self._rows, songs, strings.starts, strings.arena, charts, entries, len(entries)
+            self._heap_entries,
+            self._heap_keys,
+            self._heap_sizes,
+            self._rows,
+            songs,
+            strings.starts,
+            strings.arena,
+            charts,
+            entries,
+            len(entries),
         )
         self.cells.append(buckets, entries, counts)
 
@@ -124,7 +133,13 @@ class Board:
         """What a snapshot keeps, copied: counts and totals. Heaps are found again from the counts."""
         return {"counts": self.counts(), "totals": self._totals.copy()}
 
-    def restore(self, arrays: dict[str, NDArray[np.generic]], songs: NDArray[np.int32], charts: NDArray[np.int32], strings: StringTable) -> None:
+    def restore(
+        self,
+        arrays: dict[str, NDArray[np.generic]],
+        songs: NDArray[np.int32],
+        charts: NDArray[np.int32],
+        strings: StringTable,
+    ) -> None:
         """Begins with what `to_arrays` described.
 
         Args:
@@ -147,8 +162,12 @@ class Board:
             if stop > start:
                 self._restore_heap(chart, order[start:stop], songs, strings)
 
-    def _restore_heap(self, chart: int, candidates: NDArray[np.int32], songs: NDArray[np.int32], strings: StringTable) -> None:
-        entries, counts = select(songs, strings.starts, strings.arena, candidates, self._rows[candidates, 0], self._heap_size)
+    def _restore_heap(
+        self, chart: int, candidates: NDArray[np.int32], songs: NDArray[np.int32], strings: StringTable
+    ) -> None:
+        entries, counts = select(
+            songs, strings.starts, strings.arena, candidates, self._rows[candidates, 0], self._heap_size
+        )
         size = len(entries)
         # Worst first is a valid min-heap.
         self._heap_entries[chart, :size] = entries[::-1]

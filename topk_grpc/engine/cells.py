@@ -164,7 +164,11 @@ class CellStore:
             if not cells:
                 return np.empty(0, np.int32), np.empty(0, np.int64)
             some = merge(
-                [Cells(np.zeros(len(piece), np.int64), piece, counts, 0, 0, ordered=False) for piece, counts in pieces if len(piece)]
+                [
+                    Cells(np.zeros(len(piece), np.int64), piece, counts, 0, 0, ordered=False)
+                    for piece, counts in pieces
+                    if len(piece)
+                ]
             )
             return some.entries, some.counts
         sums = np.zeros(entries, np.int64)

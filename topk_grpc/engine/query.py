@@ -87,7 +87,9 @@ def _candidates(state: ShardState, scope: Scope) -> tuple[NDArray[np.int32], NDA
         entries, counts = np.arange(len(board), dtype=np.int32), board.counts()
     else:
         resolution = state.settings.resolution_ms
-        entries, counts = board.cells.sums(scope.bounds.start_ms // resolution, scope.bounds.end_ms // resolution, len(board))
+        entries, counts = board.cells.sums(
+            scope.bounds.start_ms // resolution, scope.bounds.end_ms // resolution, len(board)
+        )
     if scope.board == CHARTS:
         inside = state.pairs.charts[entries] == number
         entries, counts = entries[inside], counts[inside]
@@ -103,7 +105,14 @@ def _ranked(state: ShardState, scope: Scope, entries: NDArray[np.int32], counts:
 def _select(
     state: ShardState, scope: Scope, entries: NDArray[np.int32], counts: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    return select(state.songs_of(scope.board), state.songs.starts, state.songs.arena, np.ascontiguousarray(entries), np.ascontiguousarray(counts), k)
+    return select(
+        state.songs_of(scope.board),
+        state.songs.starts,
+        state.songs.arena,
+        np.ascontiguousarray(entries),
+        np.ascontiguousarray(counts),
+        k,
+    )
 
 
 def top_k(state: ShardState, scope: Scope, k: int) -> tuple[Ranked, Totals]:
@@ -169,7 +178,9 @@ def standings(
     for song_id, count in places:
         sides = np.zeros(len(entries), np.int8)
         name = song_id.encode()
-        compare_with(songs, state.songs.starts, state.songs.arena, entries, counts, name, len(name), count, sides, len(entries))
+        compare_with(
+            songs, state.songs.starts, state.songs.arena, entries, counts, name, len(name), count, sides, len(entries)
+        )
         above = sides > 0
         result.append(
             PlaceStanding(
@@ -181,7 +192,9 @@ def standings(
     return result, Totals(int(counts.sum()), int(np.count_nonzero(counts)))
 
 
-def _nearest_above(state: ShardState, scope: Scope, entries: NDArray[np.int32], counts: NDArray[np.int64], neighbours: int) -> Ranked:
+def _nearest_above(
+    state: ShardState, scope: Scope, entries: NDArray[np.int32], counts: NDArray[np.int64], neighbours: int
+) -> Ranked:
     """The last `neighbours` of these entries, best first."""
     if not neighbours or not len(entries):
         return Ranked([], [])

@@ -84,7 +84,12 @@ class ShardState:
     def to_snapshot(self) -> tuple[dict[str, Any], dict[str, NDArray[np.generic]]]:
         """What a snapshot keeps beside the cells: what JSON holds, and arrays. What can still change is copied."""
         producers, marks = self.producers.to_snapshot()
-        parts = {"songs": self.songs.to_arrays(), "names": self.charts.to_arrays(), "pairs": self.pairs.to_arrays(), "marks": marks}
+        parts = {
+            "songs": self.songs.to_arrays(),
+            "names": self.charts.to_arrays(),
+            "pairs": self.pairs.to_arrays(),
+            "marks": marks,
+        }
         parts |= {name: board.to_arrays() for name, board in self.boards.items()}
         arrays = {f"{part}.{name}": array for part, named in parts.items() for name, array in named.items()}
         meta = {
@@ -135,7 +140,9 @@ class ShardState:
         for name, board in state.boards.items():
             charts = state.pairs.charts if name == CHARTS else global_songs()
             board.restore(part(name), state.songs_of(name), charts, state.songs)
-            board.cells.restore_blocks({number: ordered_cells(columns) for number, columns in blocks.get(name, {}).items()})
+            board.cells.restore_blocks(
+                {number: ordered_cells(columns) for number, columns in blocks.get(name, {}).items()}
+            )
         state.newest_event_ms = meta["newest_event_ms"]
         state.own(meta["owned"])
         return state

@@ -195,7 +195,9 @@ class ShardLink:
     def _take_response(self, response: pb.AppendResponse) -> None:
         request = self._under_way.popleft()
         if response.request_id != request.request_id or len(response.outcomes) != len(request.parts):
-            raise asyncio.InvalidStateError(f"the shard answered request {response.request_id} where {request.request_id} was due")
+            raise asyncio.InvalidStateError(
+                f"the shard answered request {response.request_id} where {request.request_id} was due"
+            )
         for part, outcome in zip(request.parts, response.outcomes, strict=True):
             if not part.outcome.done():
                 part.outcome.set_result(outcome)

@@ -52,19 +52,27 @@ class Queries:
         clock: epoch milliseconds.
     """
 
-    def __init__(self, settings: GatewaySettings, resolution_ms: int, scatter: Scatter, clock: Callable[[], int] = _now_ms) -> None:
+    def __init__(
+        self, settings: GatewaySettings, resolution_ms: int, scatter: Scatter, clock: Callable[[], int] = _now_ms
+    ) -> None:
         self._settings = settings
         self._resolution_ms = resolution_ms
         self._scatter = scatter
         self._clock = clock
 
-    async def _bounds(self, window: Window, as_of: int | Literal["latest"] | None, *, allow_partial: bool) -> Bounds | None:
+    async def _bounds(
+        self, window: Window, as_of: int | Literal["latest"] | None, *, allow_partial: bool
+    ) -> Bounds | None:
         if isinstance(window, GlobalWindow):
             if as_of is not None:
-                raise WindowError("as_of has no meaning for the global window, which holds all plays: leave it out, or ask for another window")
+                raise WindowError(
+                    "as_of has no meaning for the global window, which holds all plays: leave it out, or ask for another window"
+                )
             return None
         if as_of == "latest":
-            gathered = await self._scatter.gather("DescribeShard", pb.DescribeShardRequest(), allow_partial=allow_partial)
+            gathered = await self._scatter.gather(
+                "DescribeShard", pb.DescribeShardRequest(), allow_partial=allow_partial
+            )
             as_of = gathered.newest_event_ms or None
         return bounds_of(window, self._clock() if as_of is None else as_of, self._resolution_ms)
 
@@ -72,7 +80,10 @@ class Queries:
         watermark_ms = min(gathered.newest_event_ms, self._clock())
         complete = not gathered.missing
         final = is_final(
-            bounds, complete=complete, watermark_ms=watermark_ms, allowed_lateness_ms=int(self._settings.allowed_lateness_seconds * 1000)
+            bounds,
+            complete=complete,
+            watermark_ms=watermark_ms,
+            allowed_lateness_ms=int(self._settings.allowed_lateness_seconds * 1000),
         )
         coverages = [answer.coverage for answer in gathered.answers.values()]
         return Certificate(
@@ -98,7 +109,9 @@ class Queries:
             raise InvalidArgumentError(f"k is {k}: ask for 1 to {self._settings.k_max} entries")
         bounds = await self._bounds(window, as_of, allow_partial=allow_partial)
         request = pb.QueryTopKRequest(scope=_scope(chart, bounds), k=k)
-        gathered: Gathered[pb.QueryTopKResponse] = await self._scatter.gather("QueryTopK", request, allow_partial=allow_partial)
+        gathered: Gathered[pb.QueryTopKResponse] = await self._scatter.gather(
+            "QueryTopK", request, allow_partial=allow_partial
+        )
         places = _ordered(
             place for answer in gathered.answers.values() for place in zip(answer.song_ids, answer.counts, strict=True)
         )[:k]
@@ -128,16 +141,22 @@ class Queries:
         bounds = await self._bounds(window, as_of, allow_partial=allow_partial)
         scope = _scope(chart, bounds)
         request = pb.QueryCountsRequest(scope=scope, song_ids=song_ids)
-        counted: Gathered[pb.QueryCountsResponse] = await self._scatter.gather("QueryCounts", request, allow_partial=allow_partial)
+        counted: Gathered[pb.QueryCountsResponse] = await self._scatter.gather(
+            "QueryCounts", request, allow_partial=allow_partial
+        )
         counts = [sum(answer.counts[index] for answer in counted.answers.values()) for index in range(len(song_ids))]
         places = list(dict.fromkeys(place for place in zip(song_ids, counts, strict=True) if place[1]))
         if not places:
             nothing = tuple(SongStanding(song_id, 0, None) for song_id in song_ids)
             return SongsAnswer(bounds, self._certificate(counted, bounds), nothing)
         ranks = pb.QueryRanksRequest(
-            scope=scope, places=[pb.Place(song_id=song_id, count=count) for song_id, count in places], neighbours=neighbours
+            scope=scope,
+            places=[pb.Place(song_id=song_id, count=count) for song_id, count in places],
+            neighbours=neighbours,
         )
-        ranked: Gathered[pb.QueryRanksResponse] = await self._scatter.gather("QueryRanks", ranks, allow_partial=allow_partial)
+        ranked: Gathered[pb.QueryRanksResponse] = await self._scatter.gather(
+            "QueryRanks", ranks, allow_partial=allow_partial
+        )
         standings = {place: _standing(place, index, ranked, neighbours) for index, place in enumerate(places)}
         songs = tuple(
             standings[song_id, count] if count else SongStanding(song_id, 0, None)
@@ -151,7 +170,9 @@ class Queries:
         Raises:
             UnavailableError: a shard does not answer, and `allow_partial` is not set.
         """
-        gathered: Gathered[pb.QueryChartsResponse] = await self._scatter.gather("QueryCharts", pb.QueryChartsRequest(), allow_partial=allow_partial)
+        gathered: Gathered[pb.QueryChartsResponse] = await self._scatter.gather(
+            "QueryCharts", pb.QueryChartsRequest(), allow_partial=allow_partial
+        )
         plays: dict[str, int] = {}
         songs: dict[str, int] = {}
         for answer in gathered.answers.values():
@@ -169,7 +190,9 @@ def _scope(chart: str, bounds: Bounds | None) -> pb.Scope:
     return scope
 
 
-def _standing(place: tuple[str, int], index: int, ranked: Gathered[pb.QueryRanksResponse], neighbours: int) -> SongStanding:
+def _standing(
+    place: tuple[str, int], index: int, ranked: Gathered[pb.QueryRanksResponse], neighbours: int
+) -> SongStanding:
     """Joins what the shards say about one place."""
     standings = [answer.standings[index] for answer in ranked.answers.values()]
     rank = 1 + sum(standing.above_count for standing in standings)

@@ -95,11 +95,18 @@ class Recorder:
         if not len(spans):
             raise InvalidArgumentError("the request holds no batch: set `batch` with producer_id, sequence and plays")
         columns = decode_batch(
-            raw, spans, settings.song_id_bytes_max, settings.charts_per_play_max, settings.chart_bytes_max, settings.batch_plays_max
+            raw,
+            spans,
+            settings.song_id_bytes_max,
+            settings.charts_per_play_max,
+            settings.chart_bytes_max,
+            settings.batch_plays_max,
         )
         producer_id = raw[columns.producer_start : columns.producer_start + columns.producer_size]
         if not 0 < len(producer_id) <= PRODUCER_ID_BYTES_MAX:
-            raise InvalidArgumentError(f"producer_id has {len(producer_id)} bytes: give 1 to {PRODUCER_ID_BYTES_MAX} bytes of UTF-8, such as a UUID")
+            raise InvalidArgumentError(
+                f"producer_id has {len(producer_id)} bytes: give 1 to {PRODUCER_ID_BYTES_MAX} bytes of UTF-8, such as a UUID"
+            )
         try:
             producer_id.decode()
         except UnicodeDecodeError as error:
@@ -107,7 +114,9 @@ class Recorder:
         if columns.sequence == 0:
             raise InvalidArgumentError("sequence is absent or 0: number the batches of a producer 1, 2, 3, …")
         if columns.first_sent_ms < 0:
-            raise InvalidArgumentError(f"first_sent_ms is {columns.first_sent_ms}: give milliseconds since the Unix epoch, or leave it out")
+            raise InvalidArgumentError(
+                f"first_sent_ms is {columns.first_sent_ms}: give milliseconds since the Unix epoch, or leave it out"
+            )
         header = batch_header(producer_id, columns.sequence, columns.first_sent_ms)
         return columns, _Batch(raw, header, columns.count, columns.sequence)
 
@@ -135,7 +144,9 @@ class Recorder:
 
     def _too_late(self) -> DeadlineError:
         seconds = self._settings.record_seconds
-        return DeadlineError(f"a shard did not take the batch within {seconds:g} s: send it again, it counts once (--record-seconds)")
+        return DeadlineError(
+            f"a shard did not take the batch within {seconds:g} s: send it again, it counts once (--record-seconds)"
+        )
 
     async def _finish(self, batch: _Batch, parts: list[Part], stands_for: NDArray[np.int32], deadline: float) -> bytes:
         """Waits for all shards; sends again what went to the wrong ones."""
@@ -172,7 +183,8 @@ class Recorder:
 
     def _acknowledge(self, batch: _Batch) -> bytes:
         rejected = [
-            RejectedPlay(index=index, reason=reason, message=self._messages[reason]) for index, reason in sorted(batch.rejects.items())
+            RejectedPlay(index=index, reason=reason, message=self._messages[reason])
+            for index, reason in sorted(batch.rejects.items())
         ]
         return pb.StreamPlaysResponse(
             sequence=batch.sequence, accepted=batch.plays - len(rejected), duplicate=batch.duplicate, rejected=rejected

@@ -140,7 +140,9 @@ class Scatter:
             await asyncio.sleep(_AGAIN_SECONDS)
             topology = (await self._watch.refresh()).topology
 
-    async def _ask_all(self, topology: Topology, method: str, request: Any, deadline: float) -> tuple[Gathered[Any], dict[str, TopKError]]:
+    async def _ask_all(
+        self, topology: Topology, method: str, request: Any, deadline: float
+    ) -> tuple[Gathered[Any], dict[str, TopKError]]:
         seconds = deadline - asyncio.get_running_loop().time()
         owning = [shard for index, shard in enumerate(topology.shards) if index in set(topology.owners)]
         results = await asyncio.gather(
@@ -163,7 +165,9 @@ class Scatter:
             return f"{shard_id} does not answer ({failure}): ask again, or set allow_partial to go without it"
         if self._overlap(gathered):
             return "two shards answer for the same slot: a slot is moving, ask again"
-        covered = sum(int(np.unpackbits(np.frombuffer(one.coverage.slots, np.uint8)).sum()) for one in gathered.answers.values())
+        covered = sum(
+            int(np.unpackbits(np.frombuffer(one.coverage.slots, np.uint8)).sum()) for one in gathered.answers.values()
+        )
         if covered != gathered.topology.settings.slots:
             return f"{gathered.topology.settings.slots - covered} slots are answered by no shard: a slot is moving, ask again"
         return None

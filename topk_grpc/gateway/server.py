@@ -33,7 +33,11 @@ async def serve(settings: GatewaySettings) -> None:
     log.configure(settings.log_level, role="gateway")
     stop = StopRequest().install(stdin=settings.exit_with_stdin)
     if not compiled():
-        log.warning("kernels_uncompiled", consequence="hundreds of times slower", remedy="install a C compiler, then `make install`")
+        log.warning(
+            "kernels_uncompiled",
+            consequence="hundreds of times slower",
+            remedy="install a C compiler, then `make install`",
+        )
     store = open_store(settings.topology)
     try:
         await _serve(settings, stop, store)
@@ -45,7 +49,9 @@ async def serve(settings: GatewaySettings) -> None:
 async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologyStore) -> None:
     topology = await store.read()
     if topology.settings.partitioner not in _PARTITIONERS:
-        raise SettingError(f"the cluster's partitioner is {topology.settings.partitioner!r}: this release knows {', '.join(_PARTITIONERS)}")
+        raise SettingError(
+            f"the cluster's partitioner is {topology.settings.partitioner!r}: this release knows {', '.join(_PARTITIONERS)}"
+        )
     server = create_server(settings.message_bytes_max)
     health = Health()
     await health.register(server)
@@ -76,7 +82,10 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
         )
         pb_grpc.add_TopKServiceServicer_to_server(service, server)
         add_raw_handlers(
-            server, SERVICE, stream_stream={"StreamPlays": service.stream_plays}, unary_unary={"RecordPlays": service.record_plays}
+            server,
+            SERVICE,
+            stream_stream={"StreamPlays": service.stream_plays},
+            unary_unary={"RecordPlays": service.record_plays},
         )
         add_reflection(server, [SERVICE])
         await server.start()

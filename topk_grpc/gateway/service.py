@@ -135,7 +135,9 @@ class TopKService(_Base):  # type: ignore[misc]
     async def DescribeCluster(self, request: pb.DescribeClusterRequest, context: Context) -> pb.DescribeClusterResponse:  # noqa: N802
         """The shards, who owns what, and the settings."""
         topology = self._watch.current.topology
-        shards = await asyncio.gather(*(self._describe(shard, len(topology.slots_of(shard.shard_id))) for shard in topology.shards))
+        shards = await asyncio.gather(
+            *(self._describe(shard, len(topology.slots_of(shard.shard_id))) for shard in topology.shards)
+        )
         return pb.DescribeClusterResponse(
             cluster_id=topology.cluster_id,
             epoch=topology.epoch,
@@ -152,7 +154,9 @@ class TopKService(_Base):  # type: ignore[misc]
     async def _describe(self, shard: ShardInfo, slots: int) -> pb.ShardDescription:
         described = pb.ShardDescription(shard_id=shard.shard_id, address=shard.address, slots=slots)
         try:
-            answer = await self._shard_queries.ask(shard, "DescribeShard", shard_pb.DescribeShardRequest(), _DESCRIBE_SECONDS)
+            answer = await self._shard_queries.ask(
+                shard, "DescribeShard", shard_pb.DescribeShardRequest(), _DESCRIBE_SECONDS
+            )
         except TopKError:
             return described
         described.reachable = True

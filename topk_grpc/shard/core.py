@@ -130,15 +130,22 @@ class ShardCore:
             try:
                 self._replay(record_type, payload)
             except InvalidArgumentError as error:
-                raise CorruptError(f"the log record that ends at position {position} is whole but makes no sense: {error}", str(self._directory.log_path)) from error
+                raise CorruptError(
+                    f"the log record that ends at position {position} is whole but makes no sense: {error}",
+                    str(self._directory.log_path),
+                ) from error
         self._log = recovery.open_log()
         self._recovery = recovery
         return recovery.notes
 
     def _restore(self, snapshot: Snapshot) -> None:
         columns = {block.block_id: block.columns for block in snapshot.blocks}
-        blocks = {board: {number: columns[number] for number in numbers} for board, numbers in snapshot.meta[_BLOCKS].items()}
-        self.state = ShardState.from_snapshot(self._cluster, self._settings.heap_size, snapshot.meta, snapshot.arrays, blocks)
+        blocks = {
+            board: {number: columns[number] for number in numbers} for board, numbers in snapshot.meta[_BLOCKS].items()
+        }
+        self.state = ShardState.from_snapshot(
+            self._cluster, self._settings.heap_size, snapshot.meta, snapshot.arrays, blocks
+        )
         self.identity = Identity(**snapshot.meta[_IDENTITY]) if snapshot.meta[_IDENTITY] else None
         self._snapshot_position = snapshot.position
 
@@ -246,7 +253,9 @@ class ShardCore:
         """
         if self._recovery is None:
             raise RuntimeError("the shard has not recovered yet")
-        blocks = [Block(number, cells.columns()) for named in pending.blocks.values() for number, cells in named.items()]
+        blocks = [
+            Block(number, cells.columns()) for named in pending.blocks.values() for number, cells in named.items()
+        ]
         numbers = {board: list(named) for board, named in pending.blocks.items()}
         fresh: dict[str, int] = {}
         for board, chunks in pending.chunks.items():

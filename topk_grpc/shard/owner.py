@@ -1,8 +1,9 @@
 """The single writer of a shard, seen from the event loop.
 
-All that touches the state runs on one thread, one job after another; the event loop only hands over and waits. A turn of the loop
+One coroutine, `_run`, owns the state: everything that touches it is done by one turn of its loop, one job after another. A turn
 takes what has gathered meanwhile: first a group of requests (as many as `group_bytes_max` allows share one fdatasync), then the
-queries that wait. While the thread is at it the event loop reads the next messages, so the group grows with the load.
+queries that wait. Groups and scans run on the writer's thread, and while it is at them the event loop reads the next messages, so the
+group grows with the load. Short queries, which cost less than the way to another thread, run in the loop itself.
 
 Bounds: `queue_requests_max` requests wait (then `append` does, and with it the gateways' streams), `scan_queue_max` scanning queries
 wait (then one more is refused), and identical ones that wait together are answered by one scan.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -45,13 +46,15 @@ class ShardOwner:
         self._writer = ThreadPoolExecutor(1, "writer")
         self._snapshots = ThreadPoolExecutor(1, "snapshot")
         self._requests: deque[tuple[bytes, asyncio.Future[bytes]]] = deque()
-        self._reads: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._short: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]] = deque()
+        self._long: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]] = deque()
         self._scans: dict[Hashable, asyncio.Future[Any]] = {}
         self._room = asyncio.Semaphore(settings.queue_requests_max)
         self._work = asyncio.Event()
         self._snapshot_due = time.monotonic() + settings.snapshot_seconds
         self._expiry_due = time.monotonic() + _EXPIRY_SECONDS
-        self._snapshot_task: asyncio.Task[None] | None = None
+        self._snapshotting = False
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         self.failed: asyncio.Future[WriteFailedError] = asyncio.get_running_loop().create_future()
         self._loop_task = asyncio.create_task(self._run())
@@ -73,14 +76,22 @@ class ShardOwner:
         self._work.set()
         return future
 
-    async def read(self, query: Callable[[ShardCore], T]) -> T:
-        """Runs a short query between two groups."""
+    def _queue(
+        self, jobs: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]], job: Callable[[ShardCore], T]
+    ) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        jobs.append((job, future))
+        self._work.set()
+        return future
+
+    def _check_serving(self) -> None:
         if self._closing or self.failed.done():
             raise NotReadyError("the shard is stopping: ask again, it is back soon")
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._reads.append((lambda: query(self._core), future))
-        self._work.set()
-        return await future
+
+    async def read(self, query: Callable[[ShardCore], T]) -> T:
+        """Runs a query of well under a millisecond between two groups."""
+        self._check_serving()
+        return await self._queue(self._short, query)
 
     async def scan(self, key: Hashable, query: Callable[[ShardCore], T]) -> T:
         """Runs a query that looks at all entries between two groups; those with equal keys that wait run once.
@@ -94,7 +105,8 @@ class ShardOwner:
                 raise ResourceExhaustedError(
                     f"{len(self._scans)} scanning queries wait on this shard already: ask again later, or less often (--scan-queue-max)"
                 )
-            waiting = asyncio.ensure_future(self.read(query))
+            self._check_serving()
+            waiting = self._queue(self._long, query)
             self._scans[key] = waiting
             waiting.add_done_callback(lambda _: self._scans.pop(key, None))
         return await asyncio.shield(waiting)
@@ -103,27 +115,32 @@ class ShardOwner:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        while not (self._closing and not self._requests and not self._reads):
+        while not (self._closing and not self._requests and not self._short and not self._long):
             await self._work.wait()
             self._work.clear()
             group = self._take_group()
             if group:
                 try:
-                    answers = await loop.run_in_executor(self._writer, self._core.commit, [request for request, _ in group], now_ms())
+                    answers = await loop.run_in_executor(
+                        self._writer, self._core.commit, [request for request, _ in group], now_ms()
+                    )
                 except Exception as error:
                     self._fail(error, group)
                     return
                 for (_, future), answer in zip(group, answers, strict=True):
                     _settle(future, answer)
-            reads = list(self._reads)
-            self._reads.clear()
-            if reads:
-                answers = await loop.run_in_executor(self._writer, _run_all, [query for query, _ in reads])
-                for (_, future), answer in zip(reads, answers, strict=True):
-                    _settle(future, answer)
-            if self._requests or self._reads:
+            self._run_short()
+            if self._long:  # one a turn, so that the next group need not wait for all
+                job, future = self._long.popleft()
+                _settle(future, await loop.run_in_executor(self._writer, _attempt, job, self._core))
+            if self._requests or self._short or self._long:
                 self._work.set()
-            await self._housekeeping()
+            self._housekeeping()
+
+    def _run_short(self) -> None:
+        while self._short:
+            job, future = self._short.popleft()
+            _settle(future, _attempt(job, self._core))
 
     def _take_group(self) -> list[tuple[bytes, asyncio.Future[bytes]]]:
         group = []
@@ -136,48 +153,72 @@ class ShardOwner:
 
     def _fail(self, error: Exception, group: list[tuple[bytes, asyncio.Future[bytes]]]) -> None:
         """Answers nobody of the group: what became of it is unknown. The rest is told to come again."""
-        fatal = error if isinstance(error, WriteFailedError) else WriteFailedError(f"the group could not be taken through: {error!r}")
+        fatal = (
+            error
+            if isinstance(error, WriteFailedError)
+            else WriteFailedError(f"the group could not be taken through: {error!r}")
+        )
         log.error("log_failed", error=error)
         if not self.failed.done():
             self.failed.set_result(fatal)
-        for _, future in [*group, *self._requests, *self._reads]:
+        for _, future in [*group, *self._requests, *self._short, *self._long]:
             if not future.done():
                 future.set_exception(fatal)
                 future.exception()  # nobody may be listening any more
 
     # --- Snapshots and expiry -----------------------------------------------------------------------------------------
 
-    async def _housekeeping(self) -> None:
+    def _housekeeping(self) -> None:
         now = time.monotonic()
         if now >= self._expiry_due:
             self._expiry_due = now + _EXPIRY_SECONDS
-            forgotten = await self._on_writer(lambda: self._core.expire_producers(now_ms()))
-            if forgotten:
-                log.event("producers_expired", producers=forgotten)
+            self._background(self._expire_producers())
         grown = self._core.snapshot_log_bytes
-        if self._snapshot_task is None and (grown >= self._settings.snapshot_log_bytes or (grown and now >= self._snapshot_due)):
+        due = grown >= self._settings.snapshot_log_bytes or (grown and now >= self._snapshot_due)
+        if due and not self._snapshotting and not self._closing:
             self._snapshot_due = now + self._settings.snapshot_seconds
-            self._snapshot_task = asyncio.create_task(self._take_snapshot())
-            self._snapshot_task.add_done_callback(self._snapshot_done)
+            self._snapshotting = True
+            self._background(self._take_snapshot())
 
-    def _snapshot_done(self, _: asyncio.Task[None]) -> None:
-        self._snapshot_task = None
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _on_writer(self, job: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._writer, job)
+    async def _as_job(self, job: Callable[[ShardCore], T]) -> T:
+        """Runs a job on the state: as a turn of the loop or, when that has ended, right away."""
+        if self._loop_task.done():
+            return job(self._core)
+        return await self._queue(self._long, job)
+
+    async def _expire_producers(self) -> None:
+        try:
+            forgotten = await self._as_job(lambda core: core.expire_producers(now_ms()))
+        except StorageError as error:
+            log.warning("expiry_failed", error=error)
+            return
+        if forgotten:
+            log.event("producers_expired", producers=forgotten)
 
     async def _take_snapshot(self) -> None:
         started = time.monotonic()
         try:
-            pending = await self._on_writer(self._core.begin_snapshot)
+            pending = await self._as_job(ShardCore.begin_snapshot)
             copied = time.monotonic()
-            blocks = await asyncio.get_running_loop().run_in_executor(self._snapshots, self._core.write_snapshot, pending)
-            await self._on_writer(lambda: self._core.end_snapshot(pending, blocks))
+            blocks = await asyncio.get_running_loop().run_in_executor(
+                self._snapshots, self._core.write_snapshot, pending
+            )
+            await self._as_job(lambda core: core.end_snapshot(pending, blocks))
         except StorageError as error:
             log.warning("snapshot_failed", error=error)
             return
+        finally:
+            self._snapshotting = False
         log.event(
-            "snapshot_taken", position=pending.position, seconds=round(time.monotonic() - started, 3), writes_held_seconds=round(copied - started, 3)
+            "snapshot_taken",
+            position=pending.position,
+            seconds=round(time.monotonic() - started, 3),
+            writes_held_seconds=round(copied - started, 3),
         )
 
     async def close(self, *, snapshot: bool) -> None:
@@ -185,12 +226,11 @@ class ShardOwner:
         self._closing = True
         self._work.set()
         await self._loop_task
-        if self._snapshot_task is not None:
-            await self._snapshot_task
+        await asyncio.gather(*self._tasks)
         if snapshot and not self.failed.done() and self._core.snapshot_log_bytes:
             await self._take_snapshot()
         if not self.failed.done():
-            await self._on_writer(self._core.close)
+            self._core.close()
         self._writer.shutdown()
         self._snapshots.shutdown()
 
@@ -204,11 +244,8 @@ def _settle(future: asyncio.Future[Any], answer: Any) -> None:
         future.set_result(answer)
 
 
-def _run_all(queries: list[Callable[[], Any]]) -> list[Any]:
-    answers: list[Any] = []
-    for query in queries:
-        try:
-            answers.append(query())
-        except Exception as error:
-            answers.append(error)
-    return answers
+def _attempt(job: Callable[[ShardCore], Any], core: ShardCore) -> Any:
+    try:
+        return job(core)
+    except Exception as error:
+        return error

@@ -65,4 +65,6 @@ async def register(store: TopologyStore, shard_id: str, address: str, directory_
         except TopologyConflictError:
             continue
         return changed
-    raise TopologyConflictError(f"{shard_id} could not register its address: others changed the topology {_TRIES} times meanwhile")
+    raise TopologyConflictError(
+        f"{shard_id} could not register its address: others changed the topology {_TRIES} times meanwhile"
+    )

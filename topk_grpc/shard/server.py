@@ -33,7 +33,11 @@ async def serve(settings: ShardSettings) -> None:
     log.configure(settings.log_level, role="shard", shard=settings.shard_id)
     stop = StopRequest().install(stdin=settings.exit_with_stdin)
     if not compiled():
-        log.warning("kernels_uncompiled", consequence="hundreds of times slower", remedy="install a C compiler, then `make install`")
+        log.warning(
+            "kernels_uncompiled",
+            consequence="hundreds of times slower",
+            remedy="install a C compiler, then `make install`",
+        )
     store = open_store(settings.topology)
     try:
         await _serve(settings, stop, store)
@@ -68,7 +72,9 @@ async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStor
         service.open(owner)
         await register(store, settings.shard_id, settings.advertise or address, core.directory_id, settings.data_dir)
         await health.set(ready=True)
-        log.event("ready", address=address, cluster=topology.cluster_id, songs=len(core.state.songs), position=core.position)
+        log.event(
+            "ready", address=address, cluster=topology.cluster_id, songs=len(core.state.songs), position=core.position
+        )
         await _serve_until_stopped(settings, stop, owner, health, servers)
     except BaseException:
         await asyncio.gather(*(each.stop(None) for each in servers))
@@ -81,10 +87,14 @@ async def _recover(core: ShardCore, settings: ShardSettings) -> None:
         notes = await asyncio.get_running_loop().run_in_executor(thread, core.recover)
     for note in notes:
         log.warning("recovery_note", note=note, data_dir=settings.data_dir)
-    log.event("recovered", seconds=round(time.monotonic() - started, 3), position=core.position, songs=len(core.state.songs))
+    log.event(
+        "recovered", seconds=round(time.monotonic() - started, 3), position=core.position, songs=len(core.state.songs)
+    )
 
 
-async def _serve_until_stopped(settings: ShardSettings, stop: StopRequest, owner: ShardOwner, health: Health, servers: list[grpc.aio.Server]) -> None:
+async def _serve_until_stopped(
+    settings: ShardSettings, stop: StopRequest, owner: ShardOwner, health: Health, servers: list[grpc.aio.Server]
+) -> None:
     """Serves until asked to stop, or until the log fails: then at once, with an error."""
     asked = asyncio.ensure_future(stop.wait())
     await asyncio.wait((asked, owner.failed), return_when=asyncio.FIRST_COMPLETED)

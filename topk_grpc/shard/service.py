@@ -88,11 +88,15 @@ class ShardService(_Base):  # type: ignore[misc]
 
         def answer(core: ShardCore) -> pb.QueryTopKResponse:
             ranked, totals = query.top_k(core.state, scope, request.k)
-            return pb.QueryTopKResponse(coverage=_coverage(core, totals), song_ids=ranked.song_ids, counts=ranked.counts)
+            return pb.QueryTopKResponse(
+                coverage=_coverage(core, totals), song_ids=ranked.song_ids, counts=ranked.counts
+            )
 
-        if await self._owner.read(lambda core: query.scans(core.state, scope, request.k)):
-            return await self._owner.scan(("top_k", scope, request.k), answer)
-        return await self._owner.read(answer)
+        def answer_if_short(core: ShardCore) -> pb.QueryTopKResponse | None:
+            return None if query.scans(core.state, scope, request.k) else answer(core)
+
+        short = await self._owner.read(answer_if_short)
+        return short if short is not None else await self._owner.scan(("top_k", scope, request.k), answer)
 
     async def QueryCounts(self, request: pb.QueryCountsRequest, context: Context) -> pb.QueryCountsResponse:  # noqa: N802
         """The counts of songs."""
@@ -117,7 +121,8 @@ class ShardService(_Base):  # type: ignore[misc]
             return pb.QueryRanksResponse(
                 coverage=_coverage(core, totals),
                 standings=[
-                    pb.PlaceStanding(above_count=one.above_count, above=_places(one.above), below=_places(one.below)) for one in standings
+                    pb.PlaceStanding(above_count=one.above_count, above=_places(one.above), below=_places(one.below))
+                    for one in standings
                 ],
             )
 
@@ -173,4 +178,6 @@ def _coverage(core: ShardCore, totals: Totals) -> pb.Coverage:
 
 
 def _places(ranked: query.Ranked) -> Sequence[pb.Place]:
-    return [pb.Place(song_id=song_id, count=count) for song_id, count in zip(ranked.song_ids, ranked.counts, strict=True)]
+    return [
+        pb.Place(song_id=song_id, count=count) for song_id, count in zip(ranked.song_ids, ranked.counts, strict=True)
+    ]
