@@ -123,6 +123,10 @@ class Board:
             return None
         return self._heap_entries[chart, :size], self._heap_keys[chart, :size]
 
+    def count(self, entry: int) -> int:
+        """The count of one entry, all time."""
+        return int(self._rows[entry, 0])
+
     def counts(self) -> NDArray[np.int64]:
         """The count of each entry, all time: a copy."""
         return self._rows[: self._entries, 0].copy()

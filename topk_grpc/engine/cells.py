@@ -3,8 +3,8 @@
 A play's cell is appended to a chunk: three columns, written in order, which costs a play almost nothing. Windows are answered by
 adding up the cells within their bounds, chunk by chunk; each chunk and block knows the span of its buckets, so most are passed over.
 
-A full chunk is never changed again. When a snapshot is taken, the chunks so far become one block: sorted by bucket, then entry, equal
-cells added up. A block is immutable, and storage writes it once and maps it from then on; until the block is back from
+A full chunk is never changed again. When a snapshot is taken, the chunks so far and the smaller of the newest blocks become one block:
+sorted by bucket, then entry, equal cells added up. A block is immutable, and storage writes it once and maps it from then on; until the block is back from
 storage its chunks stay in use. A late play simply lies in a later chunk or block: its bucket says where it counts.
 
 Rejected: a hash table per open bucket. It makes an update of a second random access per play, where sorting a
@@ -13,7 +13,7 @@ snapshot's worth of cells costs some 15 ns a cell, off the writer's thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from topk_grpc.kernels.counters import sum_cells
 
 CHUNK_CELLS: Final = 1 << 18
+BLOCK_CELLS: Final = 1 << 23
+"""Blocks larger than this, 160 MB on disk, are never merged again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +111,23 @@ def merge(parts: list[Cells]) -> Cells:
     return Cells(buckets, entries, np.add.reduceat(counts, heads), first, last, ordered=True)
 
 
+def choose_merge(chunks: list[Cells], blocks: Mapping[int, Cells]) -> list[int]:
+    """The blocks to be merged with the chunks into the next one: from the newest back while each is small beside what has gathered.
+
+    So every cell is merged a logarithmic number of times, and as few blocks stand, as in a log-structured merge tree (O'Neil
+    et al., "The log-structured merge-tree", Acta Informatica 33, 1996). A block beyond `BLOCK_CELLS` is left as it is.
+    """
+    gathered = sum(len(chunk) for chunk in chunks)
+    chosen = []
+    for number in sorted(blocks, reverse=True):
+        size = len(blocks[number])
+        if size > 2 * gathered or size > BLOCK_CELLS:
+            break
+        chosen.append(number)
+        gathered += size
+    return chosen
+
+
 class CellStore:
     """All cells of one board. One writer."""
 
@@ -189,9 +208,11 @@ class CellStore:
         self._close_chunk()
         return list(self._chunks)
 
-    def replace_chunks(self, chunks: int, block_id: int, block: Cells) -> None:
-        """Uses a block instead of the first `chunks` chunks, which it was merged from."""
+    def replace(self, chunks: int, blocks: Iterable[int], block_id: int, block: Cells) -> None:
+        """Uses a block instead of the first `chunks` chunks and the blocks that it was merged from."""
         del self._chunks[:chunks]
+        for merged in blocks:
+            del self._blocks[merged]
         self._blocks[block_id] = block
 
     def restore_blocks(self, blocks: Mapping[int, Cells]) -> None:

@@ -150,11 +150,13 @@ def counts_of(state: ShardState, scope: Scope, song_ids: Sequence[str]) -> tuple
         wanted[known] = state.pairs.find(np.full(int(known.sum()), number, np.int32), songs[known])
     else:
         wanted = songs
-    entries, counts = _candidates(state, scope)
-    order = np.argsort(entries)
-    at = np.searchsorted(entries, wanted, sorter=order)
+    if scope.bounds is None:
+        board = state.boards[scope.board]
+        return [board.count(entry) if entry >= 0 else 0 for entry in wanted.tolist()], Totals(*board.totals(number))
+    entries, counts = _candidates(state, scope)  # entries ascend
+    at = np.searchsorted(entries, wanted)
     found = [
-        int(counts[order[place]]) if place < len(entries) and entries[order[place]] == entry and entry >= 0 else 0
+        int(counts[place]) if entry >= 0 and place < len(entries) and entries[place] == entry else 0
         for place, entry in zip(at.tolist(), wanted.tolist(), strict=True)
     ]
     return found, Totals(int(counts.sum()), int(np.count_nonzero(counts)))

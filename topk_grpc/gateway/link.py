@@ -20,7 +20,7 @@ from typing import Final
 import grpc
 
 from topk_grpc.config import GatewaySettings
-from topk_grpc.errors import InvalidArgumentError
+from topk_grpc.errors import InvalidArgumentError, ResourceExhaustedError
 from topk_grpc.kernels.wire import varint
 from topk_grpc.model import ShardInfo
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
@@ -206,8 +206,8 @@ class ShardLink:
     def _log_end(self, error: BaseException) -> None:
         failure = from_rpc_error(error) if isinstance(error, grpc.RpcError) else error
         log.warning("shard_stream_ended", shard=self._shard.shard_id, address=self._shard.address, error=failure)
-        if isinstance(failure, InvalidArgumentError):
-            # The shard refuses the bytes themselves: sending them again would go on for ever.
+        if isinstance(failure, InvalidArgumentError | ResourceExhaustedError):
+            # The shard refuses the bytes themselves, or its disk is full: let the clients know, and send again if they will.
             for request in self._under_way:
                 for part in request.parts:
                     if not part.outcome.done():

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from topk_grpc.config import ShardSettings
 from topk_grpc.engine.admission import Admission, Limits, admit
 from topk_grpc.engine.apply import apply, replay
-from topk_grpc.engine.cells import Cells, merge, ordered_cells
+from topk_grpc.engine.cells import Cells, choose_merge, merge, ordered_cells
 from topk_grpc.engine.state import ShardState
 from topk_grpc.errors import CorruptError, DiskFullError, ForeignDirectoryError, InvalidArgumentError
 from topk_grpc.model import ClusterSettings
@@ -68,6 +68,21 @@ class PendingSnapshot:
     arrays: dict[str, NDArray[np.generic]]
     chunks: dict[str, list[Cells]]
     blocks: dict[str, dict[int, Cells]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewBlock:
+    """A block that a snapshot has written.
+
+    Attributes:
+        cells: memory-mapped.
+        chunks: how many chunks it was merged from.
+        merged: the blocks it was merged from besides.
+    """
+
+    cells: Cells
+    chunks: int
+    merged: list[int]
 
 
 class ShardCore:
@@ -242,37 +257,43 @@ class ShardCore:
         blocks = {name: dict(board.cells.blocks) for name, board in self.state.boards.items()}
         return PendingSnapshot(self.position, meta, arrays, self.state.take_chunks(), blocks)
 
-    def write_snapshot(self, pending: PendingSnapshot) -> dict[str, Cells]:
+    def write_snapshot(self, pending: PendingSnapshot) -> dict[str, NewBlock]:
         """Merges the chunks into blocks and writes everything durably. From any thread, one at a time.
 
         Returns:
-            The new block of each board that has one, memory-mapped.
+            The new block of each board that has one.
 
         Raises:
             StorageError: it could not be written; the snapshots before it stand.
         """
         if self._recovery is None:
             raise RuntimeError("the shard has not recovered yet")
-        blocks = [
-            Block(number, cells.columns()) for named in pending.blocks.values() for number, cells in named.items()
-        ]
-        numbers = {board: list(named) for board, named in pending.blocks.items()}
-        fresh: dict[str, int] = {}
+        blocks: list[Block] = []
+        numbers: dict[str, list[int]] = {}
+        merged: dict[str, list[int]] = {}
         for board, chunks in pending.chunks.items():
+            standing = pending.blocks[board]
+            merged[board] = choose_merge(chunks, standing) if chunks else []
+            kept = {number: cells.columns() for number, cells in standing.items() if number not in merged[board]}
             if chunks:
-                fresh[board] = _block_number(pending.position, board)
-                numbers[board].append(fresh[board])
-                blocks.append(Block(fresh[board], merge(chunks).columns()))
+                whole = merge([*(standing[number] for number in merged[board]), *chunks])
+                kept[_block_number(pending.position, board)] = whole.columns()
+            numbers[board] = list(kept)
+            blocks += (Block(number, columns) for number, columns in kept.items())
         meta = pending.meta | {_BLOCKS: numbers}
         written = self._recovery.snapshots.write(Snapshot(pending.position, meta, pending.arrays, tuple(blocks)))
         columns = {block.block_id: block.columns for block in written}
-        return {board: ordered_cells(columns[number]) for board, number in fresh.items()}
+        return {
+            board: NewBlock(ordered_cells(columns[_block_number(pending.position, board)]), len(chunks), merged[board])
+            for board, chunks in pending.chunks.items()
+            if chunks
+        }
 
-    def end_snapshot(self, pending: PendingSnapshot, blocks: Mapping[str, Cells]) -> None:
-        """Uses the written blocks instead of their chunks, and deletes the log that no kept snapshot needs."""
+    def end_snapshot(self, pending: PendingSnapshot, blocks: Mapping[str, NewBlock]) -> None:
+        """Uses the written blocks instead of what they were merged from, and deletes the log that no kept snapshot needs."""
         for name, block in blocks.items():
             cells = self.state.boards[name].cells
-            cells.replace_chunks(len(pending.chunks[name]), _block_number(pending.position, name), block)
+            cells.replace(block.chunks, block.merged, _block_number(pending.position, name), block.cells)
         self._snapshot_position = pending.position
         if self._recovery is not None:
             self._open_log.delete_before(self._recovery.snapshots.kept_position())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,12 +39,19 @@ async def serve(settings: ShardSettings) -> None:
             consequence="hundreds of times slower",
             remedy="install a C compiler, then `make install`",
         )
+    _raise_file_limit()
     store = open_store(settings.topology)
     try:
         await _serve(settings, stop, store)
     finally:
         await store.close()
         stop.uninstall()
+
+
+def _raise_file_limit() -> None:
+    """Each column of a mapped block holds a file descriptor; the usual soft limit of 1,024 is soon reached."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStore) -> None:

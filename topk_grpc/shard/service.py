@@ -108,6 +108,8 @@ class ShardService(_Base):  # type: ignore[misc]
             counts, totals = query.counts_of(core.state, scope, song_ids)
             return pb.QueryCountsResponse(coverage=_coverage(core, totals), counts=counts)
 
+        if scope.bounds is None:
+            return await self._owner.read(answer)
         return await self._owner.scan(("counts", scope, song_ids), answer)
 
     async def QueryRanks(self, request: pb.QueryRanksRequest, context: Context) -> pb.QueryRanksResponse:  # noqa: N802
