@@ -1,0 +1,77 @@
+# Everything to build, try and check this project. `make` lists the targets.
+#
+# All of them set up what they need: .venv with the package (editable), its extras and its tools. PYTHON=… picks an
+# interpreter; without it the first of the names below that is new enough is taken.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON_CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TEST_PROCESSES ?= 2
+
+# What an install depends on: an edited kernel or proto is built again.
+SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find protos -name '*.proto') $(wildcard topk_grpc/kernels/*.py)
+
+.PHONY: help install demo test lint bench docs clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## Make .venv with the package, its extras and its tools
+
+demo: $(STAMP) ## Show the whole story in a minute: a cluster, a stream, a kill -9, every count checked
+	@$(BIN)/topk demo
+
+test: $(STAMP) ## Run the tests (PYTEST=… adds arguments)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST)
+
+lint: $(STAMP) ## Check style, types, import contracts and protos
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/buf lint
+
+bench: $(STAMP) ## Measure throughput, latency and memory, beside a bare relay and Redis
+	@$(BIN)/python -m benchmarks
+
+docs: $(STAMP) ## Write docs/settings.md anew
+	@$(BIN)/python -m topk_grpc.cli.settings > docs/settings.md
+
+clean: ## Remove .venv and everything that was built or generated
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -f topk_grpc/kernels/*.so topk_grpc/kernels/*.c topk_grpc/kernels/_build_info.json
+	rm -f topk_grpc/pb/topk/v1/*_pb2*
+	find topk_grpc tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# The compiler is probed, so that there are two ways and no third: where C extensions can be built, a kernel that does
+# not compile is an error; where they cannot, the kernels are installed as they are, and that is said.
+$(STAMP): $(SOURCES)
+	@set -e; \
+	if [ ! -x $(BIN)/python ]; then \
+		python=; \
+		for each in $(or $(PYTHON),$(PYTHON_CANDIDATES)); do \
+			if $$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$each; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo "error: Python 3.11 or newer is needed, and none of these is: $(or $(PYTHON),$(PYTHON_CANDIDATES))." \
+				"Install one, or name it: make install PYTHON=/path/to/python3" >&2; exit 1; \
+		fi; \
+		echo "Making .venv with $$($$python --version); this takes a minute or two the first time"; \
+		$$python -m venv .venv || { rm -rf .venv; echo "error: $$python cannot make a virtual environment (Debian:" \
+			"apt-get install python3-venv)" >&2; exit 1; }; \
+	fi; \
+	$(PIP) install --upgrade pip 'setuptools>=77'; \
+	if reason=$$($(BIN)/python .ci/probe_compiler.py); then \
+		echo "Compiling the kernels"; \
+	else \
+		export TOPK_NO_COMPILE=1; \
+		echo "No C extension can be built here ($$reason): installing the kernels uncompiled," \
+			"exact but hundreds of times slower. Install gcc and Python's headers, then: make clean install"; \
+	fi; \
+	$(PIP) install --editable '.[dev,ingest]'; \
+	$(BIN)/topk --version; \
+	touch $@
