@@ -8,7 +8,7 @@ sorted by bucket, then entry, equal cells added up. A block is immutable, and st
 storage its chunks stay in use. A late play simply lies in a later chunk or block: its bucket says where it counts.
 
 Rejected: a hash table per open bucket. It makes an update of a second random access per play, where sorting a
-snapshot's worth of cells costs some 15 ns a cell, off the writer's thread.
+snapshot's worth of cells costs some 40 ns a cell, off the writer's thread.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.kernels.counters import sum_cells
+from topk_grpc.kernels.sorting import sum_by_key
 
 CHUNK_CELLS: Final = 1 << 18
 BLOCK_CELLS: Final = 1 << 23
@@ -77,38 +78,25 @@ def _view(columns: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]
     return Cells(buckets, entries, counts, int(buckets.min()), int(buckets.max()), ordered=False)  # type: ignore[arg-type]
 
 
-def _bits(value: int) -> int:
-    return max(1, value.bit_length())
-
-
 def merge(parts: list[Cells]) -> Cells:
-    """The parts' cells as one ordered whole, equal (bucket, entry) pairs added up; at least one cell.
-
-    Where bucket, entry and count together fit 63 bits, they are sorted as one number, which is several times faster than
-    sorting rows by two columns.
-    """
+    """The parts' cells as one ordered whole, equal (bucket, entry) pairs added up; at least one cell."""
     buckets = np.concatenate([part.buckets for part in parts])
     entries = np.concatenate([part.entries for part in parts])
     counts = np.concatenate([part.counts for part in parts])
     first = int(buckets.min())
     last = int(buckets.max())
-    entry_bits = _bits(int(entries.max()))
-    count_bits = _bits(int(counts.max()))
-    if int(counts.min()) >= 0 and _bits(last - first) + entry_bits + count_bits <= 63:
-        packed = ((buckets - first) << (entry_bits + count_bits)) | (entries.astype(np.int64) << count_bits) | counts
-        packed.sort()
-        counts = packed & ((1 << count_bits) - 1)
-        keys = packed >> count_bits
-        heads = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
-        keys = keys[heads]
-        buckets = (keys >> entry_bits) + first
-        entries = (keys & ((1 << entry_bits) - 1)).astype(np.int32)
-    else:
-        order = np.lexsort((entries, buckets))
-        buckets, entries, counts = buckets[order], entries[order], counts[order]
-        heads = np.flatnonzero(np.concatenate(([True], (buckets[1:] != buckets[:-1]) | (entries[1:] != entries[:-1]))))
-        buckets, entries = buckets[heads], entries[heads]
-    return Cells(buckets, entries, np.add.reduceat(counts, heads), first, last, ordered=True)
+    entry_bits = int(entries.max()).bit_length()
+    bits = entry_bits + (last - first).bit_length()
+    if bits <= 63:
+        keys = ((buckets - first) << entry_bits | entries).view(np.uint64)
+        keys, counts = sum_by_key(keys, counts, bits)
+        buckets = (keys >> np.uint64(entry_bits)).view(np.int64) + first
+        entries = (keys & np.uint64((1 << entry_bits) - 1)).astype(np.int32)
+        return Cells(buckets, entries, counts, first, last, ordered=True)
+    order = np.lexsort((entries, buckets))  # plays many thousands of years apart
+    buckets, entries, counts = buckets[order], entries[order], counts[order]
+    heads = np.flatnonzero(np.concatenate(([True], (buckets[1:] != buckets[:-1]) | (entries[1:] != entries[:-1]))))
+    return Cells(buckets[heads], entries[heads], np.add.reduceat(counts, heads), first, last, ordered=True)
 
 
 def choose_merge(chunks: list[Cells], blocks: Mapping[int, Cells]) -> list[int]:
