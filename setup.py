@@ -1,7 +1,8 @@
 """Generates the protobuf code and compiles the kernels; everything else stands in pyproject.toml.
 
-A kernel that does not compile fails the build, so that nobody runs the slow form without knowing. TOPK_NO_COMPILE=1 asks
-for that form: the same results, hundreds of times slower. TOPK_BOUNDS_CHECKS=1 compiles with every array access checked.
+A kernel that does not compile fails the build, so that nobody runs the slow form without knowing. TOPK_NO_COMPILE=1
+asks for that form: the same results, hundreds of times slower. TOPK_BOUNDS_CHECKS=1 compiles with every array access
+checked.
 """
 
 import hashlib
@@ -115,7 +116,7 @@ class BuildPy(build_py):
 
 
 class BuildExt(build_ext):
-    """Compiles, then records the hash of each compiled source, so that an edited source beside an old kernel is seen."""
+    """Compiles, then records the hash of each source, so that an edited source beside an old kernel is seen."""
 
     def run(self) -> None:
         # Taken before: should a source be edited meanwhile, the record does not fit it and the import says so.
@@ -150,7 +151,7 @@ class BuildExt(build_ext):
             super().build_extensions()
         except Exception:
             print(
-                "error: a kernel did not compile. A C compiler and Python's headers (Debian: gcc, python3-dev) are needed;"
+                "error: a kernel did not compile. It takes a C compiler and Python's headers (Debian: gcc, python3-dev);"
                 " TOPK_NO_COMPILE=1 installs the kernels uncompiled: the same results, hundreds of times slower",
                 file=sys.stderr,
             )
@@ -160,8 +161,9 @@ class BuildExt(build_ext):
 def kernels() -> list[Extension]:
     if not COMPILE:
         return []
+    flags = ["-O3", "-g0"]
     sources = sorted(KERNELS.glob("[!_]*.py"))
-    return [Extension(f"topk_grpc.kernels.{path.stem}", [str(path)], extra_compile_args=["-O3", "-g0"]) for path in sources]
+    return [Extension(f"topk_grpc.kernels.{path.stem}", [str(path)], extra_compile_args=flags) for path in sources]
 
 
 class Build(build):

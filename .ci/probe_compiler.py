@@ -3,8 +3,6 @@
 Exit status 0 if so; 1 if not, with the cause on standard output, one line.
 """
 
-import contextlib
-import io
 import os
 import subprocess
 import sys
@@ -19,7 +17,7 @@ setup(name="probe", packages=[], py_modules=[], ext_modules=[Extension("probe", 
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         (directory / "probe.c").write_text(SOURCE)
         (directory / "setup.py").write_text(SETUP)
