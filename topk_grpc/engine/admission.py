@@ -122,7 +122,8 @@ def read_request(request: bytes | memoryview) -> tuple[list[Part], int]:
             raise InvalidArgumentError(
                 f"part {index} of the request has no producer_id or no sequence; gateways send checked batches only"
             )
-        parts.append(Part(columns, hash_strings(request, columns.song_starts, columns.song_sizes)))
+        hashes = hash_strings(request, columns.song_starts, columns.song_sizes)  # type: ignore[arg-type]
+        parts.append(Part(columns, hashes))
     return parts, int(numbers[1])
 
 
@@ -197,7 +198,7 @@ def _reject(state: ShardState, request: bytes, part: Part, limits: Limits) -> li
         part.chosen[rows] = 0
         rejects.extend((index, reason) for index in columns.indexes[rows].tolist())
 
-    # A play is judged by where its bucket begins, so that plays that a gateway has combined are judged as each would be alone.
+    # A play is judged by where its bucket begins: plays that a gateway has combined are judged as each would be alone.
     resolution = state.settings.resolution_ms
     horizon = (limits.now_ms + limits.future_ms) // resolution * resolution + resolution
     if columns.count and int(columns.times_ms.max()) >= horizon:

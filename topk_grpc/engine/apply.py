@@ -33,7 +33,7 @@ def apply_part(state: ShardState, request: bytes | memoryview, part: Part) -> No
     if part.chosen is not None:
         rows = np.flatnonzero(part.chosen)
         if len(rows) < columns.count:
-            starts, sizes, hashes, times, counts = (column[rows] for column in (starts, sizes, hashes, times, counts))  # type: ignore[assignment]
+            starts, sizes, hashes, times, counts = (column[rows] for column in (starts, sizes, hashes, times, counts))
     if not len(starts):
         return
     songs = state.songs.add(request, starts, sizes, hashes)
@@ -112,7 +112,8 @@ def _follow(state: ShardState, request: memoryview, part: Part, verdict: pb.Verd
         state.producers.marks.decide(touched, np.ones_like(touched), producer.number, columns.sequence)
         state.producers.seen(producer, admitted_ms, permanent=not columns.first_sent_ms)
         if verdict is not None:
-            rejects = list(zip(verdict.rejected_indexes, verdict.rejected_reasons, strict=True))
+            reasons = (int(reason) for reason in verdict.rejected_reasons)
+            rejects = list(zip(verdict.rejected_indexes, reasons, strict=True))
             state.producers.remember_rejects(producer, columns.sequence, rejects)
     if columns.charts_used:
         used = columns.charts_used
@@ -121,6 +122,9 @@ def _follow(state: ShardState, request: memoryview, part: Part, verdict: pb.Verd
         chosen = np.ones(columns.count, bool) if part.chosen is None else part.chosen == 1
         wanted = np.repeat(chosen, np.diff(columns.chart_bounds))
         numbers[wanted] = state.charts.add(
-            request, starts[wanted], sizes[wanted], hash_strings(request, starts[wanted], sizes[wanted])
+            request,
+            starts[wanted],
+            sizes[wanted],
+            hash_strings(request, starts[wanted], sizes[wanted]),  # type: ignore[arg-type]
         )
         part.chart_numbers = numbers

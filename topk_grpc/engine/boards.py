@@ -1,7 +1,8 @@
 """A board: entries with their counts of all time, the best of each chart in order, and their cells by time.
 
 There are two in a shard. On the global board an entry is a song, under the same number, and there is one chart, 0. On
-the chart board an entry is a (chart, song) pair, numbered by a `PairTable`. Everything else is the same, so both are this class.
+the chart board an entry is a (chart, song) pair, numbered by a `PairTable`. Everything else is the same, so both are
+this class.
 
 An entry's row is int64[2]: its count and its place in its chart's heap, one cache line a play. Standing windows will be
 further columns of the same row.
@@ -70,7 +71,7 @@ class Board:
             self._totals, self._heap_sizes = totals, heap_sizes
             self._heap_entries, self._heap_keys = heap_entries, heap_keys
 
-    def add(
+    def add(  # noqa: PLR0917
         self,
         entries: NDArray[np.int32],
         charts: NDArray[np.int32],

@@ -1,8 +1,8 @@
 """What one shard answers about a chart and a span of time.
 
-Every answer begins with candidates: entries with their counts, of which those of the chart asked for are kept. For all time and k
-within the heap these are the heap's, which costs O(k); everything else sums cells or sweeps over all entries, and says so
-by `scans`, so that its owner can queue it.
+Every answer begins with candidates: entries with their counts, of which those of the chart asked for are kept. For all
+time and k within the heap these are the heap's, which costs O(k); everything else sums cells or sweeps over all
+entries, and says so by `scans`, so that its owner can queue it.
 
 Each song lives on one shard, so the k best of all shards' k best are the cluster's k best.
 """

@@ -1,8 +1,8 @@
 """All that a shard knows: songs, charts, boards, producers, and which slots it owns.
 
 The state changes in three ways only: `admission` sets marks before a record is logged, `apply` counts what the record
-says, and the records of ownership and expiry. Replaying the log calls the same functions, so a recovered shard is the shard that
-was.
+says, and the records of ownership and expiry. Replaying the log calls the same functions, so a recovered shard is the
+shard that was.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class ShardState:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all arrays."""
-        parts = (self.songs, self.charts, self.pairs, self.producers, *self.boards.values())
-        return sum(part.memory_bytes for part in parts)
+        tables = self.songs.memory_bytes + self.charts.memory_bytes + self.pairs.memory_bytes
+        return tables + self.producers.memory_bytes + sum(board.memory_bytes for board in self.boards.values())
 
     def own(self, slots: Iterable[int]) -> None:
         """Owns these slots from here on."""
@@ -126,7 +126,8 @@ class ShardState:
         kept = ClusterSettings(meta["slots"], meta["partitioner"], meta["resolution_ms"])
         if kept != settings:
             raise ForeignDirectoryError(
-                f"the snapshot was taken under {kept}, the topology says {settings}: start this shard with the topology it was made for"
+                f"the snapshot was taken under {kept}, the topology says {settings}: start this shard with the topology"
+                " it was made for"
             )
 
         def part(prefix: str) -> dict[str, NDArray[np.generic]]:

@@ -34,7 +34,8 @@ def bounds_of(window: Window, as_of_ms: int, resolution_ms: int) -> Bounds | Non
         case TumblingWindow(size_ms, offset_ms):
             if size_ms % resolution_ms or offset_ms % resolution_ms:
                 raise WindowError(
-                    f"{window} does not fit the cluster's resolution: size and offset have to be multiples of {format_duration(resolution_ms)}"
+                    f"{window} does not fit the cluster's resolution: size and offset have to be multiples of"
+                    f" {format_duration(resolution_ms)}"
                 )
             if abs(as_of_ms) > TIME_MS_MAX:
                 raise WindowError(f"as_of {as_of_ms} ms lies out of all reason: give milliseconds since the Unix epoch")

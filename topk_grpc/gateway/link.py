@@ -1,10 +1,10 @@
 """The way of parts to one shard: one ordered stream, few and large messages, and nothing lost when it breaks.
 
 Parts of batches wait in a queue. While requests are under way the next ones gather, and then travel together: so one
-message carries the parts of many client streams when the shard is busy, and a single part when it is idle. A request that
-was written but not answered when the stream broke may or may not have been applied: its parts go back to the front of the queue,
-in order, and are sent again; the shard's marks see to it that they count once. `Part.sends` says that this happened, since
-the shard's `duplicate` then means nothing to the client.
+message carries the parts of many client streams when the shard is busy, and a single part when it is idle. A request
+that was written but not answered when the stream broke may or may not have been applied: its parts go back to the front
+of the queue, in order, and are sent again; the shard's marks see to it that they count once. `Part.sends` says that
+this happened, since the shard's `duplicate` then means nothing to the client.
 
 Bounds: `pending_bytes_max` wait for one shard, then `submit` does, and with it the clients' streams.
 """
@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import grpc
 
@@ -142,19 +143,17 @@ class ShardLink:
             backoff = low if answered else min(high, 2 * backoff)
             if self._waiting:
                 self._wake.set()
-            try:  # a shard that came back at another address is tried at once
+            with suppress(TimeoutError):  # a shard that came back at another address is tried at once
                 await asyncio.wait_for(self._moved.wait(), random.uniform(low, backoff))
-            except TimeoutError:
-                pass
 
     async def _run_stream(self) -> bool:
         """Serves one stream until it ends; whether anything was answered on it."""
         answered = False
         async with open_channel(self._shard.address) as channel:
-            call = channel.stream_stream(_APPEND)(metadata=self._metadata)
+            call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(_APPEND)(metadata=self._metadata)
             sender = asyncio.create_task(self._send(call))
             moved = asyncio.create_task(self._moved.wait())
-            reading: asyncio.Task[bytes] | None = None
+            reading: asyncio.Future[Any] | None = None
             try:
                 while True:
                     reading = asyncio.ensure_future(call.read())
@@ -207,7 +206,7 @@ class ShardLink:
         failure = from_rpc_error(error) if isinstance(error, grpc.RpcError) else error
         log.warning("shard_stream_ended", shard=self._shard.shard_id, address=self._shard.address, error=failure)
         if isinstance(failure, InvalidArgumentError | ResourceExhaustedError):
-            # The shard refuses the bytes themselves, or its disk is full: let the clients know, and send again if they will.
+            # The shard refuses the bytes themselves, or its disk is full: their clients are told and may send again.
             for request in self._under_way:
                 for part in request.parts:
                     if not part.outcome.done():

@@ -1,7 +1,7 @@
 """Queries over the whole cluster: bounds, scatter, merge, certificate.
 
-A song lives on one shard, so the k best of the shards' k best are exact, and a song's rank is 1 plus how many entries stand
-before it on each shard. Python orders strings by code point, which is the order of their UTF-8 bytes.
+A song lives on one shard, so the k best of the shards' k best are exact, and a song's rank is 1 plus how many entries
+stand before it on each shard. Python orders strings by code point, which is the order of their UTF-8 bytes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Queries:
         if isinstance(window, GlobalWindow):
             if as_of is not None:
                 raise WindowError(
-                    "as_of has no meaning for the global window, which holds all plays: leave it out, or ask for another window"
+                    "as_of has no meaning for the global window, which holds all plays: leave it out, or ask for"
+                    " another window"
                 )
             return None
         if as_of == "latest":
@@ -128,7 +129,7 @@ class Queries:
         *,
         allow_partial: bool,
     ) -> SongsAnswer:
-        """Count, rank and neighbours of songs. Count and rank are read one after the other: plays between them may show.
+        """Count, rank and neighbours of songs. Count and rank are read one after the other: plays in between may show.
 
         Raises:
             InvalidArgumentError: songs, neighbours or the window are out of range.

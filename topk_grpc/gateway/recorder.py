@@ -1,7 +1,8 @@
 """The way of a batch through the gateway: read, checked, split, sent to its shards, joined into one acknowledgement.
 
-A batch is begun in order (`begin` returns when its parts are queued), and acknowledged when every shard concerned has answered. Slots
-that a shard does not own any more are split again by a fresh topology, from the same bytes, until the time is up.
+A batch is begun in order (`begin` returns when its parts are queued), and acknowledged when every shard concerned has
+answered. Slots that a shard does not own any more are split again by a fresh topology, from the same bytes, until the
+time is up.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Recorder:
         """Checks a batch and queues its parts; waits only while a shard is too far behind.
 
         Returns:
-            What to await for the acknowledgement: the bytes of a StreamPlaysResponse, which are those of a RecordPlaysResponse.
+            What to await for the acknowledgement: the bytes of a StreamPlaysResponse, which are those of a
+                RecordPlaysResponse.
 
         Raises:
             InvalidArgumentError: the batch as a whole is wrong.
@@ -105,7 +107,8 @@ class Recorder:
         producer_id = raw[columns.producer_start : columns.producer_start + columns.producer_size]
         if not 0 < len(producer_id) <= PRODUCER_ID_BYTES_MAX:
             raise InvalidArgumentError(
-                f"producer_id has {len(producer_id)} bytes: give 1 to {PRODUCER_ID_BYTES_MAX} bytes of UTF-8, such as a UUID"
+                f"producer_id has {len(producer_id)} bytes: give 1 to {PRODUCER_ID_BYTES_MAX} bytes of UTF-8, such as a"
+                " UUID"
             )
         try:
             producer_id.decode()
@@ -172,8 +175,8 @@ class Recorder:
     def _join(self, batch: _Batch, part: Part, outcome: shard_pb.BatchOutcome, stands_for: NDArray[np.int32]) -> None:
         if outcome.refusal:
             raise ProducerExpiredError(
-                "the producer was idle for so long that the cluster has forgotten it, and the batch was first sent before that: whether it counted"
-                " is unknown. Begin a new producer_id for new plays"
+                "the producer was idle for so long that the cluster has forgotten it, and the batch was first sent"
+                " before that: whether it counted is unknown. Begin a new producer_id for new plays"
             )
         if outcome.duplicate and part.sends <= 1:
             batch.duplicate = True

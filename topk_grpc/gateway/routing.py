@@ -1,6 +1,7 @@
 """Who owns what, as this gateway believes: the last topology seen, in the form the kernels want.
 
-A gateway may be behind. Shards tell it so (`not_owner_slots`, another shard's answer), and then `refresh` reads the topology again.
+A gateway may be behind. Shards tell it so (`not_owner_slots`, another shard's answer), and then `refresh` reads the
+topology again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Asking all shards, and making sure that their answers together are the whole.
 
-Each answer says which slots it covers. Only disjoint answers that cover every slot are merged; while slots move two shards may
-both answer for one, or neither, and then all are asked again under a fresh topology.
+Each answer says which slots it covers. Only disjoint answers that cover every slot are merged; while slots move two
+shards may both answer for one, or neither, and then all are asked again under a fresh topology.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ class Scatter:
             int(np.unpackbits(np.frombuffer(one.coverage.slots, np.uint8)).sum()) for one in gathered.answers.values()
         )
         if covered != gathered.topology.settings.slots:
-            return f"{gathered.topology.settings.slots - covered} slots are answered by no shard: a slot is moving, ask again"
+            left = gathered.topology.settings.slots - covered
+            return f"{left} slots are answered by no shard: a slot is moving, ask again"
         return None
 
     @staticmethod

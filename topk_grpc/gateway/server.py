@@ -50,7 +50,8 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
     topology = await store.read()
     if topology.settings.partitioner not in _PARTITIONERS:
         raise SettingError(
-            f"the cluster's partitioner is {topology.settings.partitioner!r}: this release knows {', '.join(_PARTITIONERS)}"
+            f"the cluster's partitioner is {topology.settings.partitioner!r}: this release knows"
+            f" {', '.join(_PARTITIONERS)}"
         )
     server = create_server(settings.message_bytes_max)
     health = Health()

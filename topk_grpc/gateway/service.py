@@ -42,7 +42,7 @@ class TopKService(_Base):  # type: ignore[misc]
         drain: set when streams have to come to their end.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self,
         settings: GatewaySettings,
         watch: RoutingWatch,

@@ -7,11 +7,13 @@ Theory of operation. `commit` takes a group of requests through the four steps t
 3. the records are appended, and one fdatasync makes them durable;
 4. they are applied; only then is anybody answered.
 
-A crash before 3 ends leaves nothing of the group (or, where the write came through unheard, all of it, and the resend is a
-duplicate); a crash after it leaves a log that replays to the same state. A failed write ends the process: see `storage.log`.
+A crash before 3 ends leaves nothing of the group (or, where the write came through unheard, all of it, and the resend
+is a duplicate); a crash after it leaves a log that replays to the same state. A failed write ends the process: see
+`storage.log`.
 
-A snapshot begins with a copy of what can change (`begin_snapshot`, between two groups), is written by another thread (`write_snapshot`,
-which touches nothing but what it was given), and ends with the log's old segments deleted (`end_snapshot`, between two groups again).
+A snapshot begins with a copy of what can change (`begin_snapshot`, between two groups), is written by another thread
+(`write_snapshot`, which touches nothing but what it was given), and ends with the log's old segments deleted
+(`end_snapshot`, between two groups again).
 """
 
 from __future__ import annotations
@@ -187,8 +189,9 @@ class ShardCore:
         """
         if self.identity is not None and self.identity != identity:
             raise ForeignDirectoryError(
-                f"{self._settings.data_dir} holds the plays of {self.identity.shard_id} of cluster {self.identity.cluster_id}, not of"
-                f" {identity.shard_id} of cluster {identity.cluster_id}: give this shard a directory of its own (--data-dir)"
+                f"{self._settings.data_dir} holds the plays of {self.identity.shard_id} of cluster"
+                f" {self.identity.cluster_id}, not of {identity.shard_id} of cluster {identity.cluster_id}: give this"
+                " shard a directory of its own (--data-dir)"
             )
         if self.identity is not None:
             return
@@ -290,7 +293,7 @@ class ShardCore:
         }
 
     def end_snapshot(self, pending: PendingSnapshot, blocks: Mapping[str, NewBlock]) -> None:
-        """Uses the written blocks instead of what they were merged from, and deletes the log that no kept snapshot needs."""
+        """Uses the written blocks for what they were merged from, and deletes the log that no kept snapshot needs."""
         for name, block in blocks.items():
             cells = self.state.boards[name].cells
             cells.replace(block.chunks, block.merged, _block_number(pending.position, name), block.cells)

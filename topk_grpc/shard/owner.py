@@ -1,12 +1,13 @@
 """The single writer of a shard, seen from the event loop.
 
-One coroutine, `_run`, owns the state: everything that touches it is done by one turn of its loop, one job after another. A turn
-takes what has gathered meanwhile: first a group of requests (as many as `group_bytes_max` allows share one fdatasync), then the
-queries that wait. Groups and scans run on the writer's thread, and while it is at them the event loop reads the next messages, so the
-group grows with the load. Short queries, which cost less than the way to another thread, run in the loop itself.
+One coroutine, `_run`, owns the state: everything that touches it is done by one turn of its loop, one job after
+another. A turn takes what has gathered meanwhile: first a group of requests (as many as `group_bytes_max` allows share
+one fdatasync), then the queries that wait. Groups and scans run on the writer's thread, and while it is at them the
+event loop reads the next messages, so the group grows with the load. Short queries, which cost less than the way to
+another thread, run in the loop itself.
 
-Bounds: `queue_requests_max` requests wait (then `append` does, and with it the gateways' streams), `scan_queue_max` scanning queries
-wait (then one more is refused), and identical ones that wait together are answered by one scan.
+Bounds: `queue_requests_max` requests wait (then `append` does, and with it the gateways' streams), `scan_queue_max`
+scanning queries wait (then one more is refused), and identical ones that wait together are answered by one scan.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class ShardOwner:
         if waiting is None:
             if len(self._scans) >= self._settings.scan_queue_max:
                 raise ResourceExhaustedError(
-                    f"{len(self._scans)} scanning queries wait on this shard already: ask again later, or less often (--scan-queue-max)"
+                    f"{len(self._scans)} scanning queries wait on this shard already: ask again later, or less often"
+                    " (--scan-queue-max)"
                 )
             self._check_serving()
             waiting = self._queue(self._long, query)
@@ -143,7 +145,7 @@ class ShardOwner:
             _settle(future, _attempt(job, self._core))
 
     def _take_group(self) -> list[tuple[bytes, asyncio.Future[bytes]]]:
-        group = []
+        group: list[tuple[bytes, asyncio.Future[bytes]]] = []
         size = 0
         while self._requests and (not group or size + len(self._requests[0][0]) <= self._settings.group_bytes_max):
             group.append(self._requests.popleft())
@@ -222,7 +224,7 @@ class ShardOwner:
         )
 
     async def close(self, *, snapshot: bool) -> None:
-        """Takes what is queued through, takes a last snapshot if asked (a start then has no log to replay), and ends."""
+        """Takes what is queued through and, if asked, a last snapshot: a start then has no log to replay. Ends."""
         self._closing = True
         self._work.set()
         await self._loop_task

@@ -1,7 +1,8 @@
 """How a shard takes its place in the topology: the address it is reached at, and the directory that holds its plays.
 
-The topology remembers the identity of a shard's data directory from its first start. A shard that comes up with another one has lost
-its plays, or was given a wrong directory: serving from it would answer too little without a word, so it is refused.
+The topology remembers the identity of a shard's data directory from its first start. A shard that comes up with another
+one has lost its plays, or was given a wrong directory: serving from it would answer too little without a word, so it is
+refused.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def check_directory(info: ShardInfo, directory_id: str, data_dir: str) -> None:
     """
     if info.directory_id and info.directory_id != directory_id:
         raise ForeignDirectoryError(
-            f"{data_dir} (identity {directory_id}) is not the directory that {info.shard_id} began with (identity {info.directory_id}): its plays"
-            " are elsewhere or lost. Start the shard with its own --data-dir, or bring that back from a backup"
+            f"{data_dir} (identity {directory_id}) is not the directory that {info.shard_id} began with (identity"
+            f" {info.directory_id}): its plays are elsewhere or lost. Start the shard with its own"
+            " --data-dir, or bring that back from a backup"
         )
 
 

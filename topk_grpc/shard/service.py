@@ -51,12 +51,12 @@ class ShardService(_Base):  # type: ignore[misc]
         return self._recovered
 
     def _check_addressee(self, context: Context) -> None:
-        metadata = {key: value for key, value in context.invocation_metadata() or ()}
+        metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
         meant = (metadata.get(CLUSTER_ID_KEY), metadata.get(SHARD_ID_KEY))
         if meant != (self._identity.cluster_id, self._identity.shard_id):
             raise WrongServerError(
-                f"this is {self._identity.shard_id} of cluster {self._identity.cluster_id}, the call is meant for {meant[1]} of cluster"
-                f" {meant[0]}: read the topology again"
+                f"this is {self._identity.shard_id} of cluster {self._identity.cluster_id}, the call is meant for"
+                f" {meant[1]} of cluster {meant[0]}: read the topology again"
             )
 
     async def append(self, requests: AsyncIterator[bytes], context: Context) -> None:
