@@ -16,7 +16,17 @@ from hypothesis import HealthCheck, settings
 import topk_grpc.kernels
 
 DIRECTORY = Path(topk_grpc.kernels.__file__).parent
-MODULES = ("hash", "wire", "split", "strings", "pairs", "marks", "counters", "heap")  # each after those it imports
+MODULES = (
+    "hash",
+    "wire",
+    "split",
+    "strings",
+    "pairs",
+    "marks",
+    "counters",
+    "heap",
+    "sorting",
+)  # each after those it imports
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Kernels:
     marks: Any
     counters: Any
     heap: Any
+    sorting: Any
 
     def sized(self, rows: int) -> int:
         """How many rows a test with plenty of them takes: few where a row costs hundreds of times more."""
