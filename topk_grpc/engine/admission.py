@@ -160,6 +160,9 @@ def _decide(state: ShardState, request: bytes, part: Part, limits: Limits) -> No
     touch_slots(part.hashes, columns.count, slots, verdicts)
     occurred = state.producers.marks.decide(verdicts, state.owned, producer.number, columns.sequence)
     part.changes = bool(occurred & 1 << APPLY)
+    if known is None and not part.changes:
+        # Nothing of it was marked or will be logged: it is as unknown as before, and as likely to have expired.
+        state.producers.discard(producer_id)
     if occurred & ~(1 << APPLY):
         part.chosen = (verdicts[slots] == APPLY).astype(np.uint8)
         part.verdict = pb.Verdict(skipped_slots=np.flatnonzero(verdicts > APPLY).tolist())
@@ -171,7 +174,8 @@ def _decide(state: ShardState, request: bytes, part: Part, limits: Limits) -> No
             part.outcome.rejected_reasons.append(reason)  # type: ignore[arg-type]
     if part.changes:
         rejects = _reject(state, request, part, limits)
-        state.producers.seen(producer, limits.now_ms, permanent=not columns.first_sent_ms)
+        # By the later of both clocks: whoever is forgotten has no batch left that would still be taken for a new one.
+        state.producers.seen(producer, max(limits.now_ms, columns.first_sent_ms), permanent=not columns.first_sent_ms)
         _note_rejects(state, part, producer, rejects)
 
 
@@ -206,14 +210,14 @@ def _reject(state: ShardState, request: bytes, part: Part, limits: Limits) -> li
     if limits.memory_bytes_max and state.memory_bytes > limits.memory_bytes_max:
         songs = state.songs.find(request, columns.song_starts, columns.song_sizes, part.hashes)
         take_out(np.flatnonzero(songs < 0), _MEMORY_LIMIT)
-    if columns.charts_used:
-        _intern_charts(state, request, part, limits.charts_max, take_out)
     total = state.boards[GLOBAL].totals(0)[0] + state.pending_plays
     if columns.count and total + columns.count * int(columns.counts.max()) > COUNT_MAX:
         chosen = np.ones(columns.count, np.uint8) if part.chosen is None else part.chosen.copy()
         before = chosen.copy()
         reach_limit(columns.counts, chosen, total, COUNT_MAX, columns.count)
         take_out(np.flatnonzero(before != chosen), _TOTAL_OVERFLOW)
+    if columns.charts_used:  # last, as replay interns the charts of plays that count, and no others
+        _intern_charts(state, request, part, limits.charts_max, take_out)
     counted = columns.counts if part.chosen is None else columns.counts[part.chosen == 1]
     state.pending_plays += int(counted.sum())
     return rejects

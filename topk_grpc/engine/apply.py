@@ -32,8 +32,7 @@ def apply_part(state: ShardState, request: bytes | memoryview, part: Part) -> No
     times, counts = columns.times_ms, columns.counts
     if part.chosen is not None:
         rows = np.flatnonzero(part.chosen)
-        if len(rows) < columns.count:
-            starts, sizes, hashes, times, counts = (column[rows] for column in (starts, sizes, hashes, times, counts))
+        starts, sizes, hashes, times, counts = starts[rows], sizes[rows], hashes[rows], times[rows], counts[rows]
     if not len(starts):
         return
     songs = state.songs.add(request, starts, sizes, hashes)
@@ -49,7 +48,7 @@ def apply_part(state: ShardState, request: bytes | memoryview, part: Part) -> No
         _apply_charts(state, part, songs, buckets, counts)
 
 
-def _apply_charts(state: ShardState, part: Part, songs: np.ndarray, buckets: np.ndarray, counts: np.ndarray) -> None:  # type: ignore[type-arg]
+def _apply_charts(state: ShardState, part: Part, songs: np.ndarray, buckets: np.ndarray, counts: np.ndarray) -> None:
     columns = part.columns
     used = columns.charts_used
     chosen = np.ones(columns.count, np.uint8) if part.chosen is None else part.chosen
@@ -110,7 +109,7 @@ def _follow(state: ShardState, request: memoryview, part: Part, verdict: pb.Verd
         producer_id = bytes(request[columns.producer_start : columns.producer_start + columns.producer_size])
         producer = state.producers.get_or_add(producer_id)
         state.producers.marks.decide(touched, np.ones_like(touched), producer.number, columns.sequence)
-        state.producers.seen(producer, admitted_ms, permanent=not columns.first_sent_ms)
+        state.producers.seen(producer, max(admitted_ms, columns.first_sent_ms), permanent=not columns.first_sent_ms)
         if verdict is not None:
             reasons = (int(reason) for reason in verdict.rejected_reasons)
             rejects = list(zip(verdict.rejected_indexes, reasons, strict=True))

@@ -1,11 +1,13 @@
 """Plays by time: cells of (bucket, entry, count), in the order of their arrival and, later, sorted for good.
 
-A play's cell is appended to a chunk: three columns, written in order, which costs a play almost nothing. Windows are answered by
-adding up the cells within their bounds, chunk by chunk; each chunk and block knows the span of its buckets, so most are passed over.
+A play's cell is appended to a chunk: three columns, written in order, which costs a play almost nothing. Windows are
+answered by adding up the cells within their bounds, chunk by chunk; each chunk and block knows the span of its buckets,
+so most are passed over.
 
-A full chunk is never changed again. When a snapshot is taken, the chunks so far and the smaller of the newest blocks become one block:
-sorted by bucket, then entry, equal cells added up. A block is immutable, and storage writes it once and maps it from then on; until the block is back from
-storage its chunks stay in use. A late play simply lies in a later chunk or block: its bucket says where it counts.
+A full chunk is never changed again. When a snapshot is taken, the chunks so far and the smaller of the newest blocks
+become one block: sorted by bucket, then entry, equal cells added up. A block is immutable, and storage writes it once and
+maps it from then on; until the block is back from storage its chunks stay in use. A late play simply lies in a later
+chunk or block: its bucket says where it counts.
 
 Rejected: a hash table per open bucket. It makes an update of a second random access per play, where sorting a
 snapshot's worth of cells costs some 40 ns a cell, off the writer's thread.
@@ -100,9 +102,9 @@ def merge(parts: list[Cells]) -> Cells:
 
 
 def choose_merge(chunks: list[Cells], blocks: Mapping[int, Cells]) -> list[int]:
-    """The blocks to be merged with the chunks into the next one: from the newest back while each is small beside what has gathered.
+    """The blocks to be merged with the chunks into the next one: from the newest back, while each is small beside the rest.
 
-    So every cell is merged a logarithmic number of times, and as few blocks stand, as in a log-structured merge tree (O'Neil
+    So every cell is merged a logarithmic number of times, and few blocks stand, as in a log-structured merge tree (O'Neil
     et al., "The log-structured merge-tree", Acta Informatica 33, 1996). A block beyond `BLOCK_CELLS` is left as it is.
     """
     gathered = sum(len(chunk) for chunk in chunks)
@@ -139,8 +141,9 @@ class CellStore:
         done = 0
         while done < len(buckets):
             step = min(len(buckets) - done, CHUNK_CELLS - self._used)
-            for column, added in zip(self._open, (buckets, entries, counts), strict=True):
-                column[self._used : self._used + step] = added[done : done + step]
+            taken, given = slice(self._used, self._used + step), slice(done, done + step)
+            open_buckets, open_entries, open_counts = self._open
+            open_buckets[taken], open_entries[taken], open_counts[taken] = buckets[given], entries[given], counts[given]
             self._used += step
             done += step
             if self._used == CHUNK_CELLS:

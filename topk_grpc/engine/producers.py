@@ -63,6 +63,10 @@ class Producers:
             self._next_number += 1
         return producer
 
+    def discard(self, producer_id: bytes) -> None:
+        """Takes back the addition of the newest producer, which has no marks yet."""
+        self._next_number = self._known.pop(producer_id).number
+
     def seen(self, producer: Producer, now_ms: int, *, permanent: bool) -> None:
         """Notes that a batch of the producer was admitted."""
         producer.last_seen_ms = max(producer.last_seen_ms, now_ms)
@@ -90,7 +94,13 @@ class Producers:
         meta = {
             "next_number": self._next_number,
             "known": [
-                [name.hex(), one.number, one.last_seen_ms, one.permanent, [[s, r] for s, r in one.rejects.items()]]
+                [
+                    name.hex(),
+                    one.number,
+                    one.last_seen_ms,
+                    one.permanent,
+                    [[s, list(r)] for s, r in one.rejects.items()],
+                ]
                 for name, one in self._known.items()
             ],
         }

@@ -167,7 +167,7 @@ class ShardLink:
                         break
                     answered = True
                     self._take_response(pb.AppendResponse.FromString(raw))
-            except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            except Exception as error:  # whatever it was, the parts are kept and the next stream may do better
                 self._log_end(error)
             finally:
                 tasks = [task for task in (sender, moved, reading) if task is not None]
@@ -192,7 +192,7 @@ class ShardLink:
             await self._wake.wait()
 
     def _take_response(self, response: pb.AppendResponse) -> None:
-        request = self._under_way.popleft()
+        request = self._under_way.popleft() if self._under_way else _Request(0)
         if response.request_id != request.request_id or len(response.outcomes) != len(request.parts):
             raise asyncio.InvalidStateError(
                 f"the shard answered request {response.request_id} where {request.request_id} was due"

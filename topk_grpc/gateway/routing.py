@@ -63,7 +63,7 @@ class RoutingWatch:
                 async with aclosing(self._store.watch()) as topologies:
                     async for topology in topologies:
                         self._take(topology)
-            except TopKError as error:
+            except Exception as error:
                 # Routing goes on with the last topology; it is enough as long as nothing moves.
                 log.warning("topology_unreadable", error=error)
             await asyncio.sleep(1)

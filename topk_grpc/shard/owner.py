@@ -59,6 +59,7 @@ class ShardOwner:
         self._closing = False
         self.failed: asyncio.Future[WriteFailedError] = asyncio.get_running_loop().create_future()
         self._loop_task = asyncio.create_task(self._run())
+        self._loop_task.add_done_callback(self._loop_ended)
 
     # --- What others ask ----------------------------------------------------------------------------------------------
 
@@ -139,6 +140,11 @@ class ShardOwner:
                 self._work.set()
             self._housekeeping()
 
+    def _loop_ended(self, task: asyncio.Task[None]) -> None:
+        """A loop that failed by a defect must not leave a shard behind that never answers."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error, [])
+
     def _run_short(self) -> None:
         while self._short:
             job, future = self._short.popleft()
@@ -153,7 +159,7 @@ class ShardOwner:
             self._room.release()
         return group
 
-    def _fail(self, error: Exception, group: list[tuple[bytes, asyncio.Future[bytes]]]) -> None:
+    def _fail(self, error: BaseException, group: list[tuple[bytes, asyncio.Future[bytes]]]) -> None:
         """Answers nobody of the group: what became of it is unknown. The rest is told to come again."""
         fatal = (
             error
