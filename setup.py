@@ -151,7 +151,7 @@ class BuildExt(build_ext):
             super().build_extensions()
         except Exception:
             print(
-                "error: a kernel did not compile. It takes a C compiler and Python's headers (Debian: gcc, python3-dev);"
+                "error: a kernel did not compile. A C compiler and Python's headers are needed (gcc, python3-dev);"
                 " TOPK_NO_COMPILE=1 installs the kernels uncompiled: the same results, hundreds of times slower",
                 file=sys.stderr,
             )
