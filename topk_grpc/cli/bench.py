@@ -23,11 +23,12 @@ from rich.table import Table
 from topk_grpc import kernels
 from topk_grpc.cli.load import EncodedPlays, Zipf
 from topk_grpc.cli.progress import Progress
-from topk_grpc.cli.queries import targets
+from topk_grpc.cli.queries import targets, unreachable
 from topk_grpc.client import TopKClient
 from topk_grpc.client.delivery import Delivery
 from topk_grpc.client.outbox import OutgoingBatch
 from topk_grpc.client.stats import ClientStats
+from topk_grpc.errors import UnavailableError
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.rpc.channels import open_channel
 
@@ -98,9 +99,13 @@ def run(load: Load, gateway: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))  # noqa: T201
         return
-    table = Table(
-        title=f"{load.songs:,} songs, Zipf {load.zipf:g}, {load.batch_plays:,} plays a batch, {load.producers} streams"
+    console = Console()
+    console.print(
+        f"{load.songs:,} songs, Zipf {load.zipf:g}, {load.batch_plays:,} plays a batch, {load.producers} streams",
+        highlight=False,
+        soft_wrap=True,
     )
+    table = Table()
     table.add_column("what")
     table.add_column("p50", justify="right")
     table.add_column("p99", justify="right")
@@ -111,7 +116,6 @@ def run(load: Load, gateway: str, as_json: bool) -> None:
     }
     for name, pair in rows.items():
         table.add_row(name, *("–" if pair[p] is None else f"{pair[p]:,.2f} ms" for p in ("p50", "p99")))
-    console = Console()
     console.print(table)
     console.print(
         f"{result['plays_per_second']:,} plays/s durable: {result['plays']:,} in {result['seconds']:.2f} s",
@@ -128,7 +132,10 @@ async def measure(load: Load, gateway: str, progress: Progress | None = None) ->
     figures = Figures()
     with progress or Progress() as shown:
         async with TopKClient(targets(gateway), deadline_seconds=_PATIENCE_SECONDS) as client:
-            await client.describe()  # before anything takes long: is there a cluster?
+            try:
+                await client.describe()  # before anything takes long: is there a cluster?
+            except UnavailableError as error:
+                raise unreachable(gateway, error) from error
             pool = await asyncio.to_thread(_pool, load)
             bar = shown.bar("sending", load.seconds)
             began = time.perf_counter()

@@ -30,7 +30,7 @@ from topk_grpc.client import TopKClient
 from topk_grpc.errors import TopKError, UnavailableError
 
 _SONGS_COMPILED: Final = 1_000_000
-_SONGS_PURE: Final = 5_000
+_SONGS_PURE: Final = 30_000
 _ROUND_PLAYS: Final = 3  # plays in one round of the stream, times songs
 _BATCH_COMPILED: Final = 8192
 _BATCH_PURE: Final = 512
@@ -123,7 +123,7 @@ class _Demo:
     async def _stream(self, cluster: EmbeddedCluster, client: TopKClient, stream: Stream, progress: Progress) -> _Kill:
         """Streams for the time given, with a kill -9 in the middle."""
         self._say(
-            f"2. A stream: {stream.songs:,} songs by Zipf's law in {stream.charts:,} charts; a play counts when the "
+            f"2. A stream: {stream.songs:,} songs by Zipf's law in {stream.charts:,} chart(s); a play counts when the "
             "shard has it on disk (fdatasync)"
         )
         bar = progress.bar("   streaming", self._seconds)
@@ -185,7 +185,8 @@ class _Demo:
         began = time.perf_counter()
         answer = await client.top_k("global", 10)
         took_ms = (time.perf_counter() - began) * 1000
-        self._console.print(top_table(answer, f"the top ten of all time, asked and answered in {took_ms:.1f} ms"))
+        self._say(f"   The top ten of all time, asked for and answered in {took_ms:.1f} ms:")
+        self._console.print(top_table(answer))
         self._console.print(certificate_line(answer.certificate), soft_wrap=True, highlight=False)
 
     def _print_verdict(self, verdict: Verdict, kill: _Kill, client: TopKClient, seconds: float) -> None:
@@ -193,10 +194,11 @@ class _Demo:
         for line in verdict.compared:
             self._say(f"   - {line}")
         stats = client.stats
-        self._say(
-            f"   {stats.batches_resent:,} batches were sent again after {stats.reconnects:,} reconnects, "
-            f"{stats.batches_duplicate:,} of them had been counted before"
-        )
+        if stats.batches_resent:
+            self._say(
+                f"   {stats.batches_resent:,} batches were sent again after {stats.reconnects:,} reconnects, "
+                f"{stats.batches_duplicate:,} of them had been counted before"
+            )
         if verdict.mistake_count:
             for mistake in verdict.mistakes:
                 self._console.print(f"   {mistake}", markup=False, style="red", soft_wrap=True)

@@ -27,7 +27,7 @@ import typer
 
 from topk_grpc.cli.mapping import Mapping, PlayColumns, to_plays
 from topk_grpc.cli.progress import Bar, Progress
-from topk_grpc.cli.queries import targets
+from topk_grpc.cli.queries import targets, unreachable
 from topk_grpc.cli.sources import STDIN, Source, open_source
 from topk_grpc.cli.tabular import BATCH_ROWS, Problem, RowBatch, read
 from topk_grpc.cli.timestamps import utc_now_ms
@@ -61,7 +61,7 @@ class Result:
 
     Attributes:
         rows: rows read, bad ones included.
-        plays: the sum of the counts of those sent.
+        plays: the sum of the counts of the rows that count.
         accepted: rows that count now, by this run or an earlier one.
         batches: sent.
         batches_before: those among them that an earlier run had sent.
@@ -178,6 +178,7 @@ class _Sending:
         self._left_out: dict[int, tuple[RowBatch, PlayColumns]] = {}
 
     async def run(self) -> Result:
+        await self._greet()
         result, began = self._result, time.monotonic()
         with open_source(self._name, self._request.file_format) as source:
             bar = self._progress.bar(f"sending {os.path.basename(self._name)}", source.size)  # noqa: PTH119
@@ -190,6 +191,14 @@ class _Sending:
             bar.close()
         result.seconds = round(time.monotonic() - began, 3)
         return result
+
+    async def _greet(self) -> None:
+        """Asks whether there is a cluster: plays would be kept for it patiently, for a minute."""
+        async with TopKClient(targets(self._request.gateway), deadline_seconds=_PATIENCE_SECONDS) as client:
+            try:
+                await client.describe()
+            except UnavailableError as error:
+                raise unreachable(self._request.gateway, error) from error
 
     async def _send(self, source: Source, bar: Bar) -> None:
         result = self._result
@@ -275,6 +284,7 @@ class _Sending:
         self._result.rejected += 1
         batch, columns = self._left_out[rejected.sequence]
         row = batch.row_number(columns.place(rejected.index))
+        self._result.plays -= 1 if columns.counts is None else int(columns.counts[rejected.index])
         song = f" ({rejected.play.song_id!r})" if rejected.play else ""
         self._show(f"rejected: {self._name}, row {row:,}{song}: {rejected.reason}: {rejected.message}")
 
@@ -313,4 +323,4 @@ def _print(result: Result, skip_bad: bool) -> None:
         *([f"{result.rejected:,} rows rejected by the cluster"] if result.rejected else []),
         f"{result.seconds:.1f} s, {rate}",
     ]
-    print(f"{result.file}: {'; '.join(parts)}")  # noqa: T201
+    print(f"{'standard input' if result.file == STDIN else result.file}: {'; '.join(parts)}")  # noqa: T201

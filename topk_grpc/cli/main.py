@@ -265,6 +265,8 @@ def demo(
 
 def main() -> None:
     """The console entry point. Never returns."""
+    # Processes are started by exec: gRPC's preparations for fork would only write warnings.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         app(prog_name="topk")
     except TopKError as error:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from topk_grpc.client import TopKClient
+from topk_grpc.errors import UnavailableError
 from topk_grpc.model import Answer, Bounds, Certificate, Entry, SongsAnswer, SongStanding, format_time
 
 if TYPE_CHECKING:
@@ -55,9 +56,18 @@ def ask(gateway: str, question: Callable[[TopKClient], Awaitable[Result]]) -> Re
 
     async def run() -> Result:
         async with TopKClient(targets(gateway), deadline_seconds=_SECONDS) as client:
-            return await question(client)
+            try:
+                return await question(client)
+            except UnavailableError as error:
+                raise unreachable(gateway, error) from error
 
     return asyncio.run(run())
+
+
+def unreachable(gateway: str, error: UnavailableError) -> UnavailableError:
+    """Says which gateway did not answer, and what to do."""
+    hint = ". Start a cluster with `topk up`, or name its gateway with --gateway" if "connect" in str(error) else ""
+    return UnavailableError(f"gateway {gateway}: {error}{hint}")
 
 
 def run_top(query: Query, k: int) -> None:
@@ -67,7 +77,8 @@ def run_top(query: Query, k: int) -> None:
         _print_json(answer_as_json(answer))
         return
     console = Console()
-    console.print(top_table(answer, _title(query, answer.bounds)))
+    console.print(_title(query, answer.bounds), highlight=False, soft_wrap=True)
+    console.print(top_table(answer))
     console.print(certificate_line(answer.certificate), soft_wrap=True)
 
 
@@ -80,7 +91,8 @@ def run_rank(query: Query, song_ids: Sequence[str], neighbours: int) -> None:
         _print_json(songs_as_json(answer))
         return
     console = Console()
-    table = _songs_table(_title(query, answer.bounds))
+    console.print(_title(query, answer.bounds), highlight=False, soft_wrap=True)
+    table = _songs_table()
     for song in answer.songs:
         for entry in song.above:
             table.add_row(f"{entry.rank:,}", escape(entry.song_id), f"{entry.count:,}", style="dim")
@@ -116,13 +128,13 @@ def run_status(gateway: str, as_json: bool) -> None:
         _print_json(status_as_json(cluster))
         return
     console = Console()
-    table = Table(
-        title=f"cluster {cluster.cluster_id}, epoch {cluster.epoch}, {cluster.slots:,} slots by {cluster.partitioner}"
-    )
+    title = f"cluster {cluster.cluster_id}, epoch {cluster.epoch}, {cluster.slots:,} slots by {cluster.partitioner}"
+    console.print(title, highlight=False, soft_wrap=True)
+    table = Table()
     table.add_column("shard")
-    table.add_column("address")
+    table.add_column("address", no_wrap=True)
     for name in ("slots", "plays", "songs", "entries", "memory", "newest play"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for shard in cluster.shards:
         held = (
             f"{shard.total_plays:,}",
@@ -145,17 +157,17 @@ def run_status(gateway: str, as_json: bool) -> None:
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
-def _songs_table(title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def _songs_table() -> Table:
+    table = Table()
     table.add_column("rank", justify="right")
     table.add_column("song", overflow="fold")
     table.add_column("plays", justify="right")
     return table
 
 
-def top_table(answer: Answer, title: str) -> Table:
+def top_table(answer: Answer) -> Table:
     """The entries of an answer."""
-    table = _songs_table(title)
+    table = _songs_table()
     for entry in answer.entries:
         table.add_row(f"{entry.rank:,}", escape(entry.song_id), f"{entry.count:,}")
     return table

@@ -107,7 +107,8 @@ def _implausible(time_ms: int, unit: str) -> str:
 
 def _number_to_ms(value: Fraction | int, unit: str) -> int:
     if unit == "auto":
-        unit = next(name for least, name in _AUTO if abs(value) >= least)
+        size = abs(Fraction(value))
+        unit = next(name for least, name in _AUTO if size >= least)
     time_ms = int(value * 1000 // _PER_SECOND[unit])
     if not -_INT64_MAX <= time_ms <= _INT64_MAX:
         raise ValueError("the number is too large for a time")
