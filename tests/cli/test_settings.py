@@ -108,3 +108,14 @@ def test_every_setting_is_tunable_or_owned_by_up() -> None:
     everything = {info.name for role in (ShardSettings, GatewaySettings) for info in describe(role)}
     assert tunable | settings.OWNED_BY_UP == everything
     assert not tunable & settings.OWNED_BY_UP
+
+
+def test_docs_name_every_command() -> None:
+    from topk_grpc.cli.main import app, cluster_app
+
+    def names(group: typer.Typer) -> list[str]:
+        return [command.name or command.callback.__name__ for command in group.registered_commands if command.callback]
+
+    text = (ROOT / "docs" / "cli.md").read_text()
+    for command in [*names(app), *(f"cluster {name}" for name in names(cluster_app))]:
+        assert f"| `topk {command}` |" in text

@@ -108,9 +108,9 @@ def run(request: Request) -> None:
     _check_request(request)
     results: list[Result] = []
     with Progress() as progress:
-        ids = [request.producer_id or _check(name, request, progress) for name in request.files]
-        for name, producer_id in zip(request.files, ids, strict=True):
-            results.append(asyncio.run(_Sending(name, producer_id, request, progress).run()))
+        checked = [_check(name, request, progress) for name in request.files]
+        for name, (producer_id, rows) in zip(request.files, checked, strict=True):
+            results.append(asyncio.run(_Sending(name, producer_id, rows, request, progress).run()))
     if request.json:
         print(json.dumps({"files": [result.as_json() for result in results]}, ensure_ascii=False))  # noqa: T201
     else:
@@ -140,18 +140,23 @@ def _check_request(request: Request) -> None:
         )
 
 
-def _check(name: str, request: Request, progress: Progress) -> str:
+def _check(name: str, request: Request, progress: Progress) -> tuple[str, int | None]:
     """Reads a file to its end; before anything is sent, and so before there is an event loop.
 
     Returns:
-        Its producer id.
+        Its producer id; and its number of rows, unless nobody counted them.
 
     Raises:
         InputError: it cannot be read as mapped; says where.
     """
+    if request.producer_id:
+        return request.producer_id, None
     with open_source(name, request.file_format, hashed=True) as source:
+        rows = None
         if not request.skip_bad:
-            bar = progress.bar(f"checking {os.path.basename(name)}", source.size)  # noqa: PTH119
+            # Parquet was gone through once already, for its hash.
+            size = None if source.format == "parquet" else source.size
+            bar = progress.bar(f"checking {os.path.basename(name)}", size)  # noqa: PTH119
             rows = 0
             for batch in read(source, request.mapping.names, request.delimiter):
                 _, problems = to_plays(batch, request.mapping, utc_now_ms())
@@ -160,7 +165,7 @@ def _check(name: str, request: Request, progress: Progress) -> str:
                 rows += batch.rows
                 bar.update(source.bytes_read, rows)
             bar.close()
-        return request.mapping.producer_id(source.digest())
+        return request.mapping.producer_id(source.digest()), rows
 
 
 def _bad_row(source: Source, problem: Problem, counted: str) -> InputError:
@@ -170,7 +175,8 @@ def _bad_row(source: Source, problem: Problem, counted: str) -> InputError:
 class _Sending:
     """One file on its way into the cluster."""
 
-    def __init__(self, name: str, producer_id: str, request: Request, progress: Progress) -> None:
+    def __init__(self, name: str, producer_id: str, rows: int | None, request: Request, progress: Progress) -> None:
+        self._rows = rows
         self._name = name
         self._request = request
         self._progress = progress
@@ -181,7 +187,8 @@ class _Sending:
         await self._greet()
         result, began = self._result, time.monotonic()
         with open_source(self._name, self._request.file_format) as source:
-            bar = self._progress.bar(f"sending {os.path.basename(self._name)}", source.size)  # noqa: PTH119
+            total = source.size if self._rows is None else self._rows
+            bar = self._progress.bar(f"sending {os.path.basename(self._name)}", total)  # noqa: PTH119
             try:
                 await self._send(source, bar)
             except UnavailableError as error:
@@ -233,7 +240,7 @@ class _Sending:
                     following += 1
                     result.plays += columns.plays
                     result.batches += 1
-                bar.update(source.bytes_read, result.rows)
+                bar.update(source.bytes_read if self._rows is None else result.rows, result.rows)
             await self._finish(client)
         except BaseException:
             if client is not None:
