@@ -34,7 +34,7 @@ from topk_grpc.engine.state import ShardState
 from topk_grpc.errors import CorruptError, DiskFullError, ForeignDirectoryError, InvalidArgumentError
 from topk_grpc.model import ClusterSettings
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
-from topk_grpc.storage import Block, DataDirectory, Log, Recovery, Snapshot, recover
+from topk_grpc.storage import Block, DataDirectory, Files, Log, Recovery, Snapshot, recover
 
 APPEND: Final = 1
 OWNED: Final = 2
@@ -93,15 +93,16 @@ class ShardCore:
     Args:
         settings: the shard's.
         cluster: what is fixed in the cluster.
+        files: the file system, the real one by default.
 
     Raises:
         StorageError: the directory cannot be used; see errors.py.
     """
 
-    def __init__(self, settings: ShardSettings, cluster: ClusterSettings) -> None:
+    def __init__(self, settings: ShardSettings, cluster: ClusterSettings, files: Files | None = None) -> None:
         self._settings = settings
         self._cluster = cluster
-        self._directory = DataDirectory.open(Path(settings.data_dir))
+        self._directory = DataDirectory.open(Path(settings.data_dir), files)
         self._log: Log | None = None
         self._recovery: Recovery | None = None
         self._snapshot_position = 0
