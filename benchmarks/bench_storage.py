@@ -18,9 +18,10 @@ from benchmarks.figures import Figure, Report, print_reports
 from benchmarks.harness import BenchmarkError, scratch_directory
 from benchmarks.plays import PlayPool, request
 from topk_grpc.config import ShardSettings
+from topk_grpc.kernels.encode import batch_header, varint
 from topk_grpc.kernels.hash import hash_strings
 from topk_grpc.kernels.split import split_batch
-from topk_grpc.kernels.wire import batch_header, decode_batch, message_spans, varint
+from topk_grpc.kernels.wire import decode_batch, message_spans
 from topk_grpc.model import ClusterSettings
 from topk_grpc.shard.core import Identity, ShardCore
 

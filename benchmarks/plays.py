@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.cli.load import Zipf
-from topk_grpc.kernels import wire
+from topk_grpc.kernels.encode import batch_header, encode_batch_columns, varint
 
 ID_BYTES: Final = 22
 PLAY_BYTES: Final = 33
@@ -41,15 +41,15 @@ def song_ids(songs: int) -> NDArray[np.uint8]:
 def encode(ids: NDArray[np.uint8], played_at_ms: NDArray[np.int64]) -> bytes:
     """The plays as field 4 of a batch, without its header."""
     offsets = np.arange(len(ids) + 1, dtype=np.int64) * ID_BYTES
-    message = wire.encode_batch_columns(b"x", 1, 1, np.ascontiguousarray(ids).reshape(-1), offsets, played_at_ms)
-    head = wire.batch_header(b"x", 1, 1)
+    message = encode_batch_columns(b"x", 1, 1, np.ascontiguousarray(ids).reshape(-1), offsets, played_at_ms)
+    head = batch_header(b"x", 1, 1)
     return message[message.index(head) + len(head) :]
 
 
 def request(body: bytes, producer_id: bytes, sequence: int, first_sent_ms: int) -> bytes:
     """The StreamPlaysRequest that sends encoded plays under a number."""
-    head = wire.batch_header(producer_id, sequence, first_sent_ms)
-    return b"".join((_BATCH_FIELD, wire.varint(len(head) + len(body)), head, body))
+    head = batch_header(producer_id, sequence, first_sent_ms)
+    return b"".join((_BATCH_FIELD, varint(len(head) + len(body)), head, body))
 
 
 class PlayPool:
