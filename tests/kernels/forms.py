@@ -19,6 +19,7 @@ DIRECTORY = Path(topk_grpc.kernels.__file__).parent
 MODULES = (
     "hash",
     "wire",
+    "encode",
     "split",
     "strings",
     "pairs",
@@ -36,6 +37,7 @@ class Kernels:
     form: str
     hash: Any
     wire: Any
+    encode: Any
     split: Any
     strings: Any
     pairs: Any

@@ -34,13 +34,13 @@ def split(
         The messages of each shard; stands_for; the slot of each play; how many were sent.
     """
     songs, times, counts, charts = zip(*plays, strict=True) if plays else ((), (), (), ())
-    data = kernels.wire.encode_batch(b"p", 1, 0, songs, times, counts, charts)
+    data = kernels.encode.encode_batch(b"p", 1, 0, songs, times, counts, charts)
     spans, _ = kernels.wire.message_spans(data, 0, len(data), 1)
     columns = kernels.wire.decode_batch(data, spans, 128, 8, 64, len(plays))
     if hashes is None:
         hashes = kernels.hash.hash_strings(data, columns.song_starts, columns.song_sizes)
     made = kernels.split.split_batch(data, columns, hashes, np.array(owners, np.int32), shards, resolution)
-    header = kernels.wire.batch_header(b"p", 1, 0)
+    header = kernels.encode.batch_header(b"p", 1, 0)
     parts = [shard_service_pb2.ShardBatch.FromString(header + bytes(part)) for part in made.parts]
     assert all(part.producer_id == "p" and part.sequence == 1 for part in parts)
     assert [len(part) == 0 for part in made.parts] == [not part.plays for part in parts]

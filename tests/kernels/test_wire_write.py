@@ -47,7 +47,7 @@ def columns_of(texts: list[str], before: bytes = b"") -> tuple[bytes, Any]:
 @given(head=heads, plays=plays, with_counts=st.booleans(), with_charts=st.booleans())
 def test_lists(kernels: Kernels, head: Head, plays: Plays, with_counts: bool, with_charts: bool) -> None:
     songs, times, counts, charts = (list(column) for column in zip(*plays, strict=True)) if plays else ([], [], [], [])
-    data = kernels.wire.encode_batch(
+    data = kernels.encode.encode_batch(
         head[0].encode(), *head[1:], songs, times, counts if with_counts else None, charts if with_charts else None
     )
     expected = [
@@ -68,7 +68,7 @@ def test_columns(
     times = np.array([time for _, time, _, _ in plays], np.int64)
     counts = np.array([count for _, _, count, _ in plays], np.int64)
     chart_columns = columns_of(chart, before) if with_charts else (None, None)
-    data = kernels.wire.encode_batch_columns(
+    data = kernels.encode.encode_batch_columns(
         head[0].encode(), *head[1:], song_data, song_offsets, times, counts if with_counts else None, *chart_columns
     )
     expected = [
@@ -84,10 +84,10 @@ def test_columns_from_arrays_of_bytes(kernels: Kernels) -> None:
     chart_data, chart_offsets = columns_of(["", "de", "fr"])
     as_arrays = [np.frombuffer(data, np.uint8) for data in (song_data, chart_data)]
     times = np.array([1, -1, 0], np.int64)
-    data = kernels.wire.encode_batch_columns(
+    data = kernels.encode.encode_batch_columns(
         b"p", 1, 2, as_arrays[0], song_offsets, times, None, as_arrays[1], chart_offsets
     )
-    lists = kernels.wire.encode_batch(b"p", 1, 2, ["one", "", "three"], [1, -1, 0], None, [[], ["de"], ["fr"]])
+    lists = kernels.encode.encode_batch(b"p", 1, 2, ["one", "", "three"], [1, -1, 0], None, [[], ["de"], ["fr"]])
     assert data == lists
 
 
@@ -96,7 +96,7 @@ def test_room_is_enough_for_the_longest_numbers(kernels: Kernels) -> None:
     song_data, song_offsets = columns_of(["a" * 128] * rows)
     chart_data, chart_offsets = columns_of(["b" * 128] * rows)
     least = np.full(rows, INT64_MIN, np.int64)
-    data = kernels.wire.encode_batch_columns(
+    data = kernels.encode.encode_batch_columns(
         b"p", 1, 2, song_data, song_offsets, least, least, chart_data, chart_offsets
     )
     batch = topk_service_pb2.StreamPlaysRequest.FromString(data).batch
@@ -105,15 +105,15 @@ def test_room_is_enough_for_the_longest_numbers(kernels: Kernels) -> None:
 
 def test_no_plays(kernels: Kernels) -> None:
     empty = topk_service_pb2.StreamPlaysRequest(batch=play_pb2.PlayBatch()).SerializeToString()
-    assert kernels.wire.encode_batch(b"", 0, 0, [], []) == empty
+    assert kernels.encode.encode_batch(b"", 0, 0, [], []) == empty
     nothing = np.zeros(1, np.int64)
-    assert kernels.wire.encode_batch_columns(b"", 0, 0, b"", nothing, nothing[1:]) == empty
+    assert kernels.encode.encode_batch_columns(b"", 0, 0, b"", nothing, nothing[1:]) == empty
 
 
 def test_what_is_written_is_read_back(kernels: Kernels) -> None:
     rows = kernels.sized(8192)
     songs = [f"song {i % 100}" for i in range(rows)]
-    data = kernels.wire.encode_batch(b"producer", 7, 8, songs, range(1, rows + 1), None, [["de"]] * rows)
+    data = kernels.encode.encode_batch(b"producer", 7, 8, songs, range(1, rows + 1), None, [["de"]] * rows)
     spans, _ = kernels.wire.message_spans(data, 0, len(data), 1)
     columns = kernels.wire.decode_batch(data, spans, 128, 8, 64, rows)
     assert (columns.count, columns.sequence, columns.first_sent_ms, columns.charts_used) == (rows, 7, 8, rows)
@@ -123,6 +123,6 @@ def test_what_is_written_is_read_back(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("value", [0, 1, 127, 128, 1 << 35, (1 << 63) - 1, -1, INT64_MIN, (1 << 64) - 1])
 def test_varint(kernels: Kernels, value: int) -> None:
-    assert b"\x10" + kernels.wire.varint(value) == (
+    assert b"\x10" + kernels.encode.varint(value) == (
         play_pb2.PlayBatch(sequence=value % (1 << 64)).SerializeToString() or b"\x10\x00"
     )

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from topk_grpc.kernels import wire
+from topk_grpc.kernels import encode
 
 _ID_BYTES: Final = 16
 _BATCH_FIELD: Final = b"\x0a"  # `batch = 1`, length-delimited
@@ -63,12 +63,12 @@ class EncodedPlays:
     @classmethod
     def of(cls, songs: Int64s, played_at_ms: Int64s) -> EncodedPlays:
         """Encodes plays of songs given by number."""
-        message = wire.encode_batch_columns(b"x", 1, 1, *song_columns(songs), played_at_ms, None, None, None)
-        head = wire.batch_header(b"x", 1, 1)
+        message = encode.encode_batch_columns(b"x", 1, 1, *song_columns(songs), played_at_ms, None, None, None)
+        head = encode.batch_header(b"x", 1, 1)
         start = message.index(head) + len(head)
         return cls(bytes(memoryview(message)[start:]), len(songs))
 
     def request(self, producer_id: bytes, sequence: int, first_sent_ms: int) -> bytes:
         """The StreamPlaysRequest that sends them under a number."""
-        head = wire.batch_header(producer_id, sequence, first_sent_ms)
-        return b"".join((_BATCH_FIELD, wire.varint(len(head) + len(self.body)), head, self.body))
+        head = encode.batch_header(producer_id, sequence, first_sent_ms)
+        return b"".join((_BATCH_FIELD, encode.varint(len(head) + len(self.body)), head, self.body))

@@ -23,7 +23,7 @@ from topk_grpc.client.options import RecordOptions
 from topk_grpc.client.outbox import OutgoingBatch
 from topk_grpc.client.stats import ClientStats
 from topk_grpc.errors import RejectedPlaysError
-from topk_grpc.kernels.wire import encode_batch, encode_batch_columns
+from topk_grpc.kernels.encode import encode_batch, encode_batch_columns
 from topk_grpc.model import Play, Rejected
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 

@@ -20,9 +20,10 @@ from topk_grpc.engine.producers import Producer
 from topk_grpc.engine.state import GLOBAL, ShardState
 from topk_grpc.errors import InvalidArgumentError
 from topk_grpc.kernels.counters import reach_limit
+from topk_grpc.kernels.encode import varint
 from topk_grpc.kernels.hash import hash_strings
 from topk_grpc.kernels.marks import APPLY, DUPLICATE, NOT_OWNER, touch_slots
-from topk_grpc.kernels.wire import REASONS, PlayColumns, decode_batch, message_spans, varint
+from topk_grpc.kernels.wire import REASONS, PlayColumns, decode_batch, message_spans
 from topk_grpc.model import COUNT_MAX
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 

@@ -5,9 +5,9 @@ answered by adding up the cells within their bounds, chunk by chunk; each chunk 
 so most are passed over.
 
 A full chunk is never changed again. When a snapshot is taken, the chunks so far and the smaller of the newest blocks
-become one block: sorted by bucket, then entry, equal cells added up. A block is immutable, and storage writes it once and
-maps it from then on; until the block is back from storage its chunks stay in use. A late play simply lies in a later
-chunk or block: its bucket says where it counts.
+become one block: sorted by bucket, then entry, equal cells added up. A block is immutable: storage writes it once and
+maps it from then on. Until it is back from storage its chunks stay in use. A late play simply lies in a later chunk or
+block: its bucket says where it counts.
 
 Rejected: a hash table per open bucket. It makes an update of a second random access per play, where sorting a
 snapshot's worth of cells costs some 40 ns a cell, off the writer's thread.
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.kernels.counters import sum_cells
-from topk_grpc.kernels.sorting import sum_by_key
+from topk_grpc.kernels.sorting import pack_keys, sum_by_key, unpack_keys
 
 CHUNK_CELLS: Final = 1 << 18
 BLOCK_CELLS: Final = 1 << 23
@@ -82,30 +82,42 @@ def _view(columns: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]
 
 def merge(parts: list[Cells]) -> Cells:
     """The parts' cells as one ordered whole, equal (bucket, entry) pairs added up; at least one cell."""
+    first = min(part.first for part in parts)
+    last = max(part.last for part in parts)
+    entry_bits = max(int(part.entries.max()) for part in parts).bit_length()
+    bits = entry_bits + (last - first).bit_length()
+    if bits > 63:  # plays many thousands of years apart
+        return _merge_by_columns(parts, first, last)
+    rows = sum(len(part) for part in parts)
+    keys, counts = np.empty(rows, np.uint64), np.empty(rows, np.int64)
+    done = 0
+    for part in parts:
+        own = slice(done, done + len(part))
+        pack_keys(part.buckets, part.entries, first, entry_bits, keys[own], len(part))
+        counts[own] = part.counts
+        done += len(part)
+    keys, counts = sum_by_key(keys, counts, bits)
+    buckets, entries = np.empty(len(keys), np.int64), np.empty(len(keys), np.int32)
+    unpack_keys(keys, first, entry_bits, buckets, entries, len(keys))
+    return Cells(buckets, entries, counts, first, last, ordered=True)
+
+
+def _merge_by_columns(parts: list[Cells], first: int, last: int) -> Cells:
     buckets = np.concatenate([part.buckets for part in parts])
     entries = np.concatenate([part.entries for part in parts])
     counts = np.concatenate([part.counts for part in parts])
-    first = int(buckets.min())
-    last = int(buckets.max())
-    entry_bits = int(entries.max()).bit_length()
-    bits = entry_bits + (last - first).bit_length()
-    if bits <= 63:
-        keys = ((buckets - first) << entry_bits | entries).view(np.uint64)
-        keys, counts = sum_by_key(keys, counts, bits)
-        buckets = (keys >> np.uint64(entry_bits)).view(np.int64) + first
-        entries = (keys & np.uint64((1 << entry_bits) - 1)).astype(np.int32)
-        return Cells(buckets, entries, counts, first, last, ordered=True)
-    order = np.lexsort((entries, buckets))  # plays many thousands of years apart
+    order = np.lexsort((entries, buckets))
     buckets, entries, counts = buckets[order], entries[order], counts[order]
     heads = np.flatnonzero(np.concatenate(([True], (buckets[1:] != buckets[:-1]) | (entries[1:] != entries[:-1]))))
     return Cells(buckets[heads], entries[heads], np.add.reduceat(counts, heads), first, last, ordered=True)
 
 
 def choose_merge(chunks: list[Cells], blocks: Mapping[int, Cells]) -> list[int]:
-    """The blocks to be merged with the chunks into the next one: from the newest back, while each is small beside the rest.
+    """The blocks to be merged with the chunks into the next one: from the newest back, while each is small.
 
-    So every cell is merged a logarithmic number of times, and few blocks stand, as in a log-structured merge tree (O'Neil
-    et al., "The log-structured merge-tree", Acta Informatica 33, 1996). A block beyond `BLOCK_CELLS` is left as it is.
+    So every cell is merged a logarithmic number of times, and few blocks stand, as in a log-structured merge tree
+    (O'Neil et al., "The log-structured merge-tree", Acta Informatica 33, 1996). A block beyond `BLOCK_CELLS` is left
+    as it is.
     """
     gathered = sum(len(chunk) for chunk in chunks)
     chosen = []

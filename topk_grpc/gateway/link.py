@@ -22,7 +22,7 @@ import grpc
 
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import InvalidArgumentError, ResourceExhaustedError
-from topk_grpc.kernels.wire import varint
+from topk_grpc.kernels.encode import varint
 from topk_grpc.model import ShardInfo
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.rpc import log

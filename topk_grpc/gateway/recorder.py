@@ -20,9 +20,10 @@ from topk_grpc.errors import DeadlineError, InvalidArgumentError, ProducerExpire
 from topk_grpc.gateway.link import Part, ShardLink
 from topk_grpc.gateway.rejects import SHARD_REASONS, reject_messages
 from topk_grpc.gateway.routing import Routing, RoutingWatch
+from topk_grpc.kernels.encode import batch_header
 from topk_grpc.kernels.hash import hash_strings
 from topk_grpc.kernels.split import split_batch
-from topk_grpc.kernels.wire import REASONS, PlayColumns, batch_header, decode_batch, message_spans
+from topk_grpc.kernels.wire import REASONS, PlayColumns, decode_batch, message_spans
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1.play_pb2 import RejectedPlay

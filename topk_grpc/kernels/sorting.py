@@ -13,6 +13,53 @@ _DIGIT_BITS = 11
 _MASK = cython.declare(cython.ulonglong, (1 << 11) - 1)
 
 
+def pack_keys(
+    buckets: cython.const[cython.longlong][::1],
+    entries: cython.const[cython.int][::1],
+    first: cython.longlong,
+    entry_bits: cython.int,
+    keys: cython.ulonglong[::1],
+    rows: cython.Py_ssize_t,
+) -> None:
+    """One key for each (bucket, entry), in the same order: the bucket's distance from `first`, then the entry.
+
+    Args:
+        buckets, entries: int64 and int32[rows].
+        first: the least bucket.
+        entry_bits: as many as the largest entry has.
+        keys: uint64[rows], written.
+        rows: how many.
+    """
+    if not cython.compiled:
+        buckets, entries, keys = memoryview(buckets), memoryview(entries), memoryview(keys)
+    i: cython.Py_ssize_t
+    with cython.nogil:
+        for i in range(rows):
+            keys[i] = (cython.cast(cython.ulonglong, buckets[i] - first) << entry_bits) | cython.cast(
+                cython.ulonglong, entries[i]
+            )
+
+
+def unpack_keys(
+    keys: cython.ulonglong[::1],
+    first: cython.longlong,
+    entry_bits: cython.int,
+    buckets: cython.longlong[::1],
+    entries: cython.int[::1],
+    rows: cython.Py_ssize_t,
+) -> None:
+    """Takes the keys of `pack_keys` apart again; buckets and entries are written."""
+    if not cython.compiled:
+        buckets, entries, keys = memoryview(buckets), memoryview(entries), memoryview(keys)
+    i: cython.Py_ssize_t
+    one: cython.ulonglong = 1
+    mask: cython.ulonglong = (one << entry_bits) - 1
+    with cython.nogil:
+        for i in range(rows):
+            buckets[i] = first + cython.cast(cython.longlong, keys[i] >> entry_bits)
+            entries[i] = cython.cast(cython.int, keys[i] & mask)
+
+
 def sort_by_digit(
     keys: cython.ulonglong[::1],
     values: cython.longlong[::1],
@@ -77,7 +124,9 @@ def add_equal(keys: cython.ulonglong[::1], values: cython.longlong[::1], rows: c
     return last + 1
 
 
-def sum_by_key(keys: NDArray[np.uint64], values: NDArray[np.int64], bits: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+def sum_by_key(
+    keys: NDArray[np.uint64], values: NDArray[np.int64], bits: int
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """The distinct keys, ascending, and the sums of their values.
 
     Args:
