@@ -26,6 +26,19 @@ CHARTS: Final = "charts"
 STATE_FORMAT: Final = 1
 
 
+def check_settings(kept: ClusterSettings, present: ClusterSettings) -> None:
+    """Refuses data of a cluster with other settings: it would be read as something else.
+
+    Raises:
+        ForeignDirectoryError: they differ.
+    """
+    if kept != present:
+        raise ForeignDirectoryError(
+            f"the data were written under {kept}, the topology says {present}: start this shard with the topology that"
+            " they were made for"
+        )
+
+
 class ShardState:
     """A shard's state. One writer, which also answers the queries.
 
@@ -123,12 +136,7 @@ class ShardState:
         Raises:
             ForeignDirectoryError: the snapshot was taken in a cluster with other settings.
         """
-        kept = ClusterSettings(meta["slots"], meta["partitioner"], meta["resolution_ms"])
-        if kept != settings:
-            raise ForeignDirectoryError(
-                f"the snapshot was taken under {kept}, the topology says {settings}: start this shard with the topology"
-                " it was made for"
-            )
+        check_settings(ClusterSettings(meta["slots"], meta["partitioner"], meta["resolution_ms"]), settings)
 
         def part(prefix: str) -> dict[str, NDArray[np.generic]]:
             return {name.partition(".")[2]: array for name, array in arrays.items() if name.partition(".")[0] == prefix}

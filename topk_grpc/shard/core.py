@@ -30,7 +30,7 @@ from topk_grpc.config import ShardSettings
 from topk_grpc.engine.admission import Admission, Limits, admit
 from topk_grpc.engine.apply import apply, replay
 from topk_grpc.engine.cells import Cells, choose_merge, merge, ordered_cells
-from topk_grpc.engine.state import ShardState
+from topk_grpc.engine.state import ShardState, check_settings
 from topk_grpc.errors import CorruptError, DiskFullError, ForeignDirectoryError, InvalidArgumentError
 from topk_grpc.model import ClusterSettings
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
@@ -173,6 +173,9 @@ class ShardCore:
                 replay(self.state, payload)
             case 2:
                 record = pb.OwnedRecord.FromString(bytes(payload))
+                check_settings(
+                    ClusterSettings(record.cluster_slots, record.partitioner, record.resolution_ms), self._cluster
+                )
                 self.identity = Identity(record.cluster_id, record.shard_id)
                 self.state.own(record.slots)
             case 3:
@@ -196,7 +199,14 @@ class ShardCore:
             )
         if self.identity is not None:
             return
-        record = pb.OwnedRecord(shard_id=identity.shard_id, cluster_id=identity.cluster_id, slots=slots)
+        record = pb.OwnedRecord(
+            shard_id=identity.shard_id,
+            cluster_id=identity.cluster_id,
+            slots=slots,
+            cluster_slots=self._cluster.slots,
+            partitioner=self._cluster.partitioner,
+            resolution_ms=self._cluster.resolution_ms,
+        )
         self._open_log.append_group([(OWNED, [record.SerializeToString()])])
         self.identity = identity
         self.state.own(slots)
