@@ -82,6 +82,10 @@ class _Checked:
                 )
 
 
+# fmt: off
+# One line a setting: they are tables.
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(_Checked):
     """What every server has."""

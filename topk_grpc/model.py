@@ -28,7 +28,10 @@ GLOBAL_CHART: Final = ""
 """The name of the chart that every play counts in."""
 
 AsOf = int | datetime | Literal["latest"] | None
-"""The instant a window is taken at: epoch milliseconds, a datetime (naive: UTC), `latest` (the newest play), None (the gateway's clock)."""
+"""The instant a window is taken at.
+
+Epoch milliseconds, a datetime (naive: UTC), `latest` (the newest play), or None (the gateway's clock).
+"""
 
 
 # --- Times and durations ----------------------------------------------------------------------------------------------
@@ -87,7 +90,7 @@ def parse_time(text: str) -> int:
 
 
 def format_time(milliseconds: int) -> str:
-    """ISO 8601 in UTC, with milliseconds only where they are not zero; outside the years 1 to 9999 epoch milliseconds."""
+    """ISO 8601 in UTC, with milliseconds where they are not zero; outside the years 1 to 9999 epoch milliseconds."""
     seconds, rest = divmod(milliseconds, 1000)
     try:
         moment = datetime.fromtimestamp(seconds, UTC)
@@ -169,7 +172,9 @@ def parse_window(text: str) -> Window:
             size, at, offset = rest.partition("@")
             return TumblingWindow(parse_duration(size), parse_duration(offset) if at else 0)
         case _:
-            raise WindowError(f"{text!r} is not a window: write global, or tumbling:SIZE[@OFFSET] as in tumbling:1d or tumbling:7d@4d")
+            raise WindowError(
+                f"{text!r} is not a window: write global, or tumbling:SIZE[@OFFSET] as in tumbling:1d or tumbling:7d@4d"
+            )
 
 
 # --- Plays and answers ------------------------------------------------------------------------------------------------

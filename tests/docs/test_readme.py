@@ -13,6 +13,7 @@ import grpc
 import pytest
 from google.protobuf import json_format
 from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -116,7 +117,7 @@ def test_grpcurl_call_is_answered_by_reflection(folder: Path, address: str) -> N
         pool = DescriptorPool(database)
         method = pool.FindServiceByName(service_name).FindMethodByName(method_name)
         request = json_format.Parse(body, GetMessageClass(method.input_type)())
-        call = channel.unary_unary(
+        call: grpc.UnaryUnaryMultiCallable[Message, Message] = channel.unary_unary(
             f"/{service_name}/{method_name}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=GetMessageClass(method.output_type).FromString,
