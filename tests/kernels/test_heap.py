@@ -184,6 +184,10 @@ def test_select_among_many(kernels: Kernels) -> None:
     for k in (1, 2, 100, rows, rows + 1):
         entries, _ = kernels.heap.select(np.empty(0, np.int32), songs.starts, songs.arena, everything, counts, k)
         assert entries.tolist() == best(dict(enumerate(counts.tolist())), ids, k)
+        last, _ = kernels.heap.select(
+            np.empty(0, np.int32), songs.starts, songs.arena, everything, counts, k, backwards=True
+        )
+        assert last.tolist() == best(dict(enumerate(counts.tolist())), ids, rows)[::-1][:k]
 
 
 @examples(200)

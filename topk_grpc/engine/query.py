@@ -174,39 +174,51 @@ def standings(
         neighbours: how many entries before and after each to return.
     """
     entries, counts = _candidates(state, scope)
-    entries, counts = np.ascontiguousarray(entries), np.ascontiguousarray(counts)
-    songs = state.songs_of(scope.board)
-    result = []
-    for song_id, count in places:
-        sides = np.zeros(len(entries), np.int8)
-        name = song_id.encode()
-        compare_with(
-            songs, state.songs.starts, state.songs.arena, entries, counts, name, len(name), count, sides, len(entries)
-        )
-        above = sides > 0
-        result.append(
-            PlaceStanding(
-                int(above.sum()),
-                _nearest_above(state, scope, entries[above], counts[above], neighbours),
-                _ranked(state, scope, *_select(state, scope, entries[sides < 0], counts[sides < 0], neighbours)),
-            )
-        )
+    result = [_standing(state, scope, entries, counts, place, neighbours=neighbours) for place in places]
     return result, Totals(int(counts.sum()), int(np.count_nonzero(counts)))
 
 
-def _nearest_above(
-    state: ShardState, scope: Scope, entries: NDArray[np.int32], counts: NDArray[np.int64], neighbours: int
-) -> Ranked:
-    """The last `neighbours` of these entries, best first."""
-    if not neighbours or not len(entries):
-        return Ranked([], [])
-    if len(entries) > neighbours:
-        # The last n have the n smallest counts: cut at the n-th smallest, then order what is left, ties included.
-        limit = np.partition(counts, neighbours - 1)[neighbours - 1]
-        near = counts <= limit
-        entries, counts = entries[near], counts[near]
-    entries, counts = _select(state, scope, entries, counts, len(entries))
-    return _ranked(state, scope, entries[-neighbours:], counts[-neighbours:])
+def _standing(
+    state: ShardState,
+    scope: Scope,
+    entries: NDArray[np.int32],
+    counts: NDArray[np.int64],
+    place: tuple[str, int],
+    *,
+    neighbours: int,
+) -> PlaceStanding:
+    """What stands around one place. Only entries of the same count are compared by name."""
+    song_id, count = place
+    name = song_id.encode()
+    higher = counts > count
+    ties = np.flatnonzero(counts == count)
+    sides = np.empty(len(ties), np.int8)
+    songs, strings = state.songs_of(scope.board), state.songs
+    compare_with(
+        songs, strings.starts, strings.arena, entries[ties], counts[ties], name, len(name), count, sides, len(ties)
+    )
+    above_count = int(np.count_nonzero(higher)) + int(np.count_nonzero(sides > 0))
+    if not neighbours:
+        return PlaceStanding(above_count, Ranked([], []), Ranked([], []))
+
+    def nearest(tied: NDArray[np.intp], others: NDArray[np.bool_], *, backwards: bool) -> Ranked:
+        rows = tied
+        missing = neighbours - len(tied)
+        if missing > 0:  # the ties are not enough: those with the nearest counts, and whatever ties with them
+            rows = np.flatnonzero(others)
+            if len(rows) > missing:
+                distances = np.abs(counts[rows] - count)
+                rows = rows[distances <= np.partition(distances, missing - 1)[missing - 1]]
+            rows = np.concatenate((rows, tied))
+        chosen = select(
+            songs, strings.starts, strings.arena, entries[rows], counts[rows], neighbours, backwards=backwards
+        )
+        step = -1 if backwards else 1
+        return _ranked(state, scope, chosen[0][::step], chosen[1][::step])
+
+    above = nearest(ties[sides > 0], higher, backwards=True)
+    below = nearest(ties[sides < 0], (counts < count) & (counts > 0), backwards=False)
+    return PlaceStanding(above_count, above, below)
 
 
 def charts(state: ShardState) -> list[tuple[str, Totals]]:

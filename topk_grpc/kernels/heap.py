@@ -55,11 +55,12 @@ def _before(
     songs: cython.const[cython.int][::1],
     starts: cython.const[cython.longlong][::1],
     arena: cython.const[cython.uchar][::1],
+    backwards: cython.bint,
 ) -> cython.bint:
-    """Whether entry a stands before entry b."""
+    """Whether entry a stands before entry b or, backwards, behind it; they are different entries."""
     if count_a != count_b:
-        return count_a > count_b
-    return _compare_ids(arena, starts[_song(songs, entry_a)], starts[_song(songs, entry_b)]) < 0
+        return (count_a > count_b) != backwards
+    return (_compare_ids(arena, starts[_song(songs, entry_a)], starts[_song(songs, entry_b)]) < 0) != backwards
 
 
 @cython.cfunc
@@ -75,6 +76,7 @@ def _sift_down(
     songs: cython.const[cython.int][::1],
     starts: cython.const[cython.longlong][::1],
     arena: cython.const[cython.uchar][::1],
+    backwards: cython.bint,
 ) -> cython.void:
     """Moves the entry at `at` down until both below it stand before it."""
     entry: cython.int = entries[chart, at]
@@ -93,9 +95,10 @@ def _sift_down(
             songs,
             starts,
             arena,
+            backwards,
         ):
             child += 1
-        if not _before(key, entry, keys[chart, child], entries[chart, child], songs, starts, arena):
+        if not _before(key, entry, keys[chart, child], entries[chart, child], songs, starts, arena, backwards):
             break
         entries[chart, at] = entries[chart, child]
         keys[chart, at] = keys[chart, child]
@@ -120,6 +123,7 @@ def _sift_up(
     songs: cython.const[cython.int][::1],
     starts: cython.const[cython.longlong][::1],
     arena: cython.const[cython.uchar][::1],
+    backwards: cython.bint,
 ) -> cython.void:
     """Moves the entry at `at` up until it stands before the one above it."""
     entry: cython.int = entries[chart, at]
@@ -128,7 +132,7 @@ def _sift_up(
     indexed: cython.bint = rows.shape[0] > 0
     while at > 0:
         parent = (at - 1) >> 1
-        if not _before(keys[chart, parent], entries[chart, parent], key, entry, songs, starts, arena):
+        if not _before(keys[chart, parent], entries[chart, parent], key, entry, songs, starts, arena, backwards):
             break
         entries[chart, at] = entries[chart, parent]
         keys[chart, at] = keys[chart, parent]
@@ -183,18 +187,18 @@ def offer(
             if at >= 0:
                 if keys[chart, at] != count:
                     keys[chart, at] = count
-                    _sift_down(entries, keys, chart, sizes[chart], at, rows, songs, starts, arena)
+                    _sift_down(entries, keys, chart, sizes[chart], at, rows, songs, starts, arena, False)
             elif sizes[chart] < room:
                 at = sizes[chart]
                 sizes[chart] += 1
                 entries[chart, at] = cython.cast(cython.int, entry)
                 keys[chart, at] = count
-                _sift_up(entries, keys, chart, at, rows, songs, starts, arena)
-            elif _before(count, entry, keys[chart, 0], entries[chart, 0], songs, starts, arena):
+                _sift_up(entries, keys, chart, at, rows, songs, starts, arena, False)
+            elif _before(count, entry, keys[chart, 0], entries[chart, 0], songs, starts, arena, False):
                 rows[entries[chart, 0], 1] = 0
                 entries[chart, 0] = cython.cast(cython.int, entry)
                 keys[chart, 0] = count
-                _sift_down(entries, keys, chart, room, 0, rows, songs, starts, arena)
+                _sift_down(entries, keys, chart, room, 0, rows, songs, starts, arena, False)
 
 
 def select_into(
@@ -207,6 +211,7 @@ def select_into(
     candidates: cython.int[::1],
     counts: cython.longlong[::1],
     offered: cython.Py_ssize_t,
+    backwards: cython.bint,
 ) -> None:
     """Leaves the best of the candidates in the one heap of `entries`, and sorts them, best first.
 
@@ -216,6 +221,7 @@ def select_into(
         songs, starts, arena: as in `offer`.
         candidates, counts: entries, each once, and their counts; those with count 0 are passed over.
         offered: how many.
+        backwards: leaves the last of the candidates there instead, the last one first.
     """
     if not cython.compiled:
         entries, keys, sizes = memoryview(entries), memoryview(keys), memoryview(sizes)
@@ -238,11 +244,11 @@ def select_into(
                 sizes[0] += 1
                 entries[0, at] = candidates[i]
                 keys[0, at] = counts[i]
-                _sift_up(entries, keys, 0, at, none, songs, starts, arena)
-            elif _before(counts[i], candidates[i], keys[0, 0], entries[0, 0], songs, starts, arena):
+                _sift_up(entries, keys, 0, at, none, songs, starts, arena, backwards)
+            elif _before(counts[i], candidates[i], keys[0, 0], entries[0, 0], songs, starts, arena, backwards):
                 entries[0, 0] = candidates[i]
                 keys[0, 0] = counts[i]
-                _sift_down(entries, keys, 0, room, 0, none, songs, starts, arena)
+                _sift_down(entries, keys, 0, room, 0, none, songs, starts, arena, backwards)
         # Heapsort: the root is the worst left, so it goes to the end.
         for i in range(sizes[0] - 1, 0, -1):
             last_entry = entries[0, i]
@@ -251,7 +257,7 @@ def select_into(
             keys[0, i] = keys[0, 0]
             entries[0, 0] = last_entry
             keys[0, 0] = last_key
-            _sift_down(entries, keys, 0, i, 0, none, songs, starts, arena)
+            _sift_down(entries, keys, 0, i, 0, none, songs, starts, arena, backwards)
 
 
 def compare_with(
@@ -310,6 +316,7 @@ def select(
     candidates: NDArray[np.int32],
     counts: NDArray[np.int64],
     k: int,
+    backwards: bool = False,
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """The k best of the candidates, best first: entries and their counts.
 
@@ -317,6 +324,7 @@ def select(
         songs, starts, arena: as in `offer`.
         candidates, counts: entries, each once, and their counts; those with count 0 are passed over.
         k: at least 0.
+        backwards: the last k instead, the last one first.
     """
     room = min(k, len(candidates))
     if room == 0:
@@ -324,5 +332,5 @@ def select(
     entries = np.empty((1, room), np.int32)
     keys = np.empty((1, room), np.int64)
     sizes = np.zeros(1, np.int32)
-    select_into(entries, keys, sizes, songs, starts, arena, candidates, counts, len(candidates))
+    select_into(entries, keys, sizes, songs, starts, arena, candidates, counts, len(candidates), backwards)
     return entries[0, : sizes[0]], keys[0, : sizes[0]]
