@@ -9,16 +9,27 @@ from typing import Any
 
 from tests.engine.engine_shard import NOW, append_request, outcome_of
 from tests.oracle import ModelOutcome, ModelPart
+from tests.storage.simulated_disk import SimulatedDisk
 from topk_grpc.config import ShardSettings
 from topk_grpc.engine import query
 from topk_grpc.engine.query import Scope
-from topk_grpc.model import ClusterSettings, Play
+from topk_grpc.model import Bounds, ClusterSettings, Play
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.shard.core import Identity, ShardCore
 from topk_grpc.storage import Files
 
 IDENTITY = Identity("cluster-1", "shard-0")
 CLUSTER = ClusterSettings(slots=16)
+PATH = Path("/data/shard-0")
+"""On a simulated disk."""
+
+
+def new_disk() -> SimulatedDisk:
+    disk = SimulatedDisk()
+    disk.make_directory(PATH.parent)
+    disk.sync_directory(PATH.parent.parent)
+    disk.operations.clear()
+    return disk
 
 
 def settings_of(path: Path, **changes: Any) -> ShardSettings:
@@ -96,7 +107,5 @@ def check_numbered(core: ShardCore, counted_batches: set[int], highest: int) -> 
 
 def pane(core: ShardCore, chart: str = "") -> dict[str, int]:
     """What a wide window holds: computed from cells, not from the counts of all time."""
-    from topk_grpc.model import Bounds
-
     ranked, _ = query.top_k(core.state, Scope(chart, Bounds(NOW - 10_000_000, NOW + 10_000_000)), 10_000)
     return dict(zip(ranked.song_ids, ranked.counts, strict=True))

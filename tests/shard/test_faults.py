@@ -9,21 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.oracle import ModelOutcome
-from tests.shard.cores import abandon, check_numbered, commit, numbered, open_core, take_snapshot
+from tests.shard.cores import PATH, abandon, check_numbered, commit, new_disk, numbered, open_core, take_snapshot
 from tests.storage.simulated_disk import PowerLossError, SimulatedDisk, crash_at, fail_on
 from topk_grpc.errors import DiskFullError, StorageError, WriteFailedError
 from topk_grpc.shard.core import ShardCore
-
-PATH = Path("/data/shard-0")
-SEGMENT_BYTES = 1 << 16
-
-
-def new_disk() -> SimulatedDisk:
-    disk = SimulatedDisk()
-    disk.make_directory(PATH.parent)
-    disk.sync_directory(PATH.parent.parent)
-    disk.operations.clear()
-    return disk
 
 
 def duplicates(outcomes: Sequence[object]) -> list[bool]:

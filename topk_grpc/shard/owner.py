@@ -27,6 +27,7 @@ from topk_grpc.shard.core import ShardCore
 T = TypeVar("T")
 
 _EXPIRY_SECONDS = 600.0
+_SNAPSHOT_AGAIN_SECONDS = 30.0
 
 
 def now_ms() -> int:
@@ -54,6 +55,7 @@ class ShardOwner:
         self._work = asyncio.Event()
         self._snapshot_due = time.monotonic() + settings.snapshot_seconds
         self._expiry_due = time.monotonic() + _EXPIRY_SECONDS
+        self._snapshot_not_before = 0.0
         self._snapshotting = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -183,7 +185,7 @@ class ShardOwner:
             self._background(self._expire_producers())
         grown = self._core.snapshot_log_bytes
         due = grown >= self._settings.snapshot_log_bytes or (grown and now >= self._snapshot_due)
-        if due and not self._snapshotting and not self._closing:
+        if due and now >= self._snapshot_not_before and not self._snapshotting and not self._closing:
             self._snapshot_due = now + self._settings.snapshot_seconds
             self._snapshotting = True
             self._background(self._take_snapshot())
@@ -218,6 +220,7 @@ class ShardOwner:
             )
             await self._as_job(lambda core: core.end_snapshot(pending, blocks))
         except StorageError as error:
+            self._snapshot_not_before = time.monotonic() + _SNAPSHOT_AGAIN_SECONDS  # a full disk does not empty at once
             log.warning("snapshot_failed", error=error)
             return
         finally:
@@ -248,6 +251,7 @@ def _settle(future: asyncio.Future[Any], answer: Any) -> None:
         return
     if isinstance(answer, Exception):
         future.set_exception(answer)
+        future.exception()  # a stream that has ended at the first failure asks for no more
     else:
         future.set_result(answer)
 
