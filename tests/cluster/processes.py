@@ -185,9 +185,19 @@ class Cluster:
         supervisor = self.server.pid
         if name == "supervisor":
             return supervisor
-        pid = int(wait_for(lambda: _children(supervisor).get(name), READY_SECONDS, f"{name} runs"))
+
+        def running() -> int | None:
+            self._assert_up()
+            return _children(supervisor).get(name)
+
+        pid = int(wait_for(running, READY_SECONDS, f"{name} runs"))
         self._known.add(pid)
         return pid
+
+    def _assert_up(self) -> None:
+        """Fails at once where waiting would not help."""
+        assert self.server is not None
+        assert self.server.process.poll() is None, f"`topk up` ended: {self.server.stderr[-2000:]}"
 
     def kill(self, name: str) -> None:
         """kill -9; `everything` is the supervisor and all its children."""
@@ -213,6 +223,7 @@ class Cluster:
         """Returns when the gateway reaches every shard."""
 
         def whole() -> pb.DescribeClusterResponse | None:
+            self._assert_up()
             with suppress(grpc.RpcError):
                 described = self.stub.DescribeCluster(pb.DescribeClusterRequest(), timeout=5, wait_for_ready=True)
                 if all(shard.reachable for shard in described.shards):
