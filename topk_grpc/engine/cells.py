@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from topk_grpc.kernels.counters import sum_cells
 from topk_grpc.kernels.sorting import pack_keys, sum_by_key, unpack_keys
 
-CHUNK_CELLS: Final = 1 << 18
+CHUNK_CELLS: Final = 1 << 20
+"""20 MB: large enough that the kernel backs the columns with huge pages; only what is filled takes memory."""
 BLOCK_CELLS: Final = 1 << 23
 """Blocks larger than this, 160 MB on disk, are never merged again."""
 
@@ -146,7 +147,7 @@ class CellStore:
     @property
     def memory_bytes(self) -> int:
         """Bytes of the chunks; blocks are mapped files."""
-        return sum(chunk.memory_bytes for chunk in self._chunks) + 20 * CHUNK_CELLS
+        return sum(chunk.memory_bytes for chunk in self._chunks) + 20 * self._used
 
     def append(self, buckets: NDArray[np.int64], entries: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         """Adds cells, in any order."""

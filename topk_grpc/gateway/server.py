@@ -15,7 +15,7 @@ from topk_grpc.gateway.service import TopKService
 from topk_grpc.kernels import compiled
 from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
-from topk_grpc.rpc import log
+from topk_grpc.rpc import log, process
 from topk_grpc.rpc.lifecycle import StopRequest, serve_until_stopped
 from topk_grpc.rpc.server import Health, add_raw_handlers, add_reflection, bind, create_server, start_health_server
 from topk_grpc.topology.store import TopologyStore, open_store
@@ -38,6 +38,7 @@ async def serve(settings: GatewaySettings) -> None:
             consequence="hundreds of times slower",
             remedy="install a C compiler, then `make install`",
         )
+    process.prepare()
     store = open_store(settings.topology)
     try:
         await _serve(settings, stop, store)

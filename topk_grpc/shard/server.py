@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +12,7 @@ from topk_grpc.config import ShardSettings
 from topk_grpc.errors import TopKError
 from topk_grpc.kernels import compiled
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
-from topk_grpc.rpc import log
+from topk_grpc.rpc import log, process
 from topk_grpc.rpc.lifecycle import StopRequest, graceful_stop
 from topk_grpc.rpc.server import Health, add_raw_handlers, add_reflection, bind, create_server, start_health_server
 from topk_grpc.shard.core import Identity, ShardCore
@@ -39,19 +38,13 @@ async def serve(settings: ShardSettings) -> None:
             consequence="hundreds of times slower",
             remedy="install a C compiler, then `make install`",
         )
-    _raise_file_limit()
+    process.prepare()
     store = open_store(settings.topology)
     try:
         await _serve(settings, stop, store)
     finally:
         await store.close()
         stop.uninstall()
-
-
-def _raise_file_limit() -> None:
-    """Each column of a mapped block holds a file descriptor; the usual soft limit of 1,024 is soon reached."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStore) -> None:
