@@ -138,7 +138,11 @@ class ShardLink:
         while True:
             await self._wake.wait()
             self._moved.clear()
-            answered = await self._run_stream() if self._shard.address else False
+            try:
+                answered = await self._run_stream() if self._shard.address else False
+            except Exception as error:  # an address that is none, say: the topology may be set right
+                answered = False
+                self._log_end(error)
             self._put_back()
             backoff = low if answered else min(high, 2 * backoff)
             if self._waiting:
@@ -192,11 +196,12 @@ class ShardLink:
             await self._wake.wait()
 
     def _take_response(self, response: pb.AppendResponse) -> None:
-        request = self._under_way.popleft() if self._under_way else _Request(0)
+        request = self._under_way[0] if self._under_way else _Request(0)
         if response.request_id != request.request_id or len(response.outcomes) != len(request.parts):
             raise asyncio.InvalidStateError(
                 f"the shard answered request {response.request_id} where {request.request_id} was due"
             )
+        self._under_way.popleft()
         for part, outcome in zip(request.parts, response.outcomes, strict=True):
             if not part.outcome.done():
                 part.outcome.set_result(outcome)
@@ -211,6 +216,7 @@ class ShardLink:
                 for part in request.parts:
                     if not part.outcome.done():
                         part.outcome.set_exception(failure)
+                        part.outcome.exception()  # of a batch's parts only the first to fail is asked
             self._under_way.clear()
 
     async def close(self) -> None:

@@ -158,15 +158,21 @@ class Recorder:
             async with asyncio.timeout_at(deadline):
                 while True:
                     lost_slots: list[int] = []
+                    resent = False
                     for part in parts:
                         self._join(batch, part, await part.outcome, stands_for)
-                        lost_slots += part.outcome.result().not_owner_slots
+                        if part.outcome.result().not_owner_slots:
+                            lost_slots += part.outcome.result().not_owner_slots
+                            resent |= part.sends > 1
                     if not lost_slots:
                         return self._acknowledge(batch)
                     await asyncio.sleep(_REROUTE_SECONDS)
                     routing = await self._watch.refresh()
                     columns, _ = self._read(batch.raw)
                     parts, stands_for = await self._send(batch, columns, routing, routing.only(lost_slots), deadline)
+                    # A slot that has moved may have counted it before, where nobody heard the answer.
+                    for part in parts:
+                        part.sends += resent
         except TimeoutError as error:
             raise self._too_late() from error
         finally:
@@ -181,9 +187,11 @@ class Recorder:
             )
         if outcome.duplicate and part.sends <= 1:
             batch.duplicate = True
-        for index, reason in zip(outcome.rejected_indexes, outcome.rejected_reasons, strict=True):
-            for play in np.flatnonzero(stands_for == index).tolist():
-                batch.rejects[play] = SHARD_REASONS[reason]
+        if outcome.rejected_indexes:
+            reasons = dict(zip(outcome.rejected_indexes, outcome.rejected_reasons, strict=True))
+            plays = np.flatnonzero(np.isin(stands_for, list(reasons)))
+            for play, index in zip(plays.tolist(), stands_for[plays].tolist(), strict=True):
+                batch.rejects[play] = SHARD_REASONS[reasons[index]]
 
     def _acknowledge(self, batch: _Batch) -> bytes:
         rejected = [
