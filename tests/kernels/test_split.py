@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.forms import Kernels, examples
-from tests.kernels.wire_bytes import INT64_MAX, INT64_MIN
 from topk_grpc.pb.topk.v1 import shard_service_pb2
 
+TIME_MAX = 1 << 60
 COUNT_MAX = 1 << 55
 TIME = 1_700_000_000_000
 
@@ -100,7 +100,7 @@ times = st.one_of(
     st.integers(TIME, TIME + 3000),
     st.integers(-3000, -1),
     st.integers(1, 3000),
-    st.sampled_from([INT64_MIN, INT64_MIN + 1, INT64_MAX, INT64_MAX - 1]),
+    st.sampled_from([-TIME_MAX, 1 - TIME_MAX, TIME_MAX, TIME_MAX - 1]),
 )
 counts = st.one_of(st.just(1), st.integers(1, 9), st.sampled_from([0, -1, COUNT_MAX, COUNT_MAX - 1, COUNT_MAX // 2]))
 charts = st.lists(st.sampled_from(["de", "fr", "d", "e"]), max_size=3).map(tuple)

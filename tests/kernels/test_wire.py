@@ -66,6 +66,7 @@ def naive_reasons(play: Any) -> set[str]:
         "SONG_ID_TOO_LONG": len(play.song_id) > 128,
         "INVALID_UTF8": not is_utf8(play.song_id) or not all(map(is_utf8, names)),
         "MISSING_TIME": play.played_at_ms == 0,
+        "TIME_OUT_OF_RANGE": abs(play.played_at_ms) > 1 << 60,
         # 2000 to 2100 in seconds is January and February 1970 in milliseconds.
         "SECONDS_NOT_MILLISECONDS": 946_684_800 <= play.played_at_ms < 4_102_444_800,
         "ZERO_COUNT": count == 0,
@@ -345,8 +346,12 @@ def test_absent_song_id(kernels: Kernels) -> None:
         (1_700_000_000, "SECONDS_NOT_MILLISECONDS"),
         (4_102_444_799, "SECONDS_NOT_MILLISECONDS"),
         (4_102_444_800, ""),
-        (wb.INT64_MIN, ""),
-        (wb.INT64_MAX, ""),
+        (-(1 << 60), ""),
+        (1 << 60, ""),
+        (-(1 << 60) - 1, "TIME_OUT_OF_RANGE"),
+        ((1 << 60) + 1, "TIME_OUT_OF_RANGE"),
+        (wb.INT64_MIN, "TIME_OUT_OF_RANGE"),
+        (wb.INT64_MAX, "TIME_OUT_OF_RANGE"),
     ],
 )
 def test_time(kernels: Kernels, time: int, expected: str) -> None:

@@ -6,7 +6,8 @@ that was written but not answered when the stream broke may or may not have been
 of the queue, in order, and are sent again; the shard's marks see to it that they count once. `Part.sends` says that
 this happened, since the shard's `duplicate` then means nothing to the client.
 
-Bounds: `pending_bytes_max` wait for one shard, then `submit` does, and with it the clients' streams.
+Bounds: `pending_bytes_max` wait for one shard, then `submit` does, and with it the clients' streams; besides them there
+are the requests under way, `REQUESTS_UNDER_WAY_MAX` of `part_bytes_max`, which wait as well when a stream breaks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Final
 import grpc
 
 from topk_grpc.config import GatewaySettings
-from topk_grpc.errors import InvalidArgumentError, ResourceExhaustedError
+from topk_grpc.errors import InvalidArgumentError, ResourceExhaustedError, TopKError
 from topk_grpc.kernels.encode import varint
 from topk_grpc.model import ShardInfo
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
@@ -209,7 +210,14 @@ class ShardLink:
 
     def _log_end(self, error: BaseException) -> None:
         failure = from_rpc_error(error) if isinstance(error, grpc.RpcError) else error
-        log.warning("shard_stream_ended", shard=self._shard.shard_id, address=self._shard.address, error=failure)
+        known = isinstance(failure, TopKError)  # a shard that goes is an ordinary event, a defect needs its traceback
+        log.warning(
+            "shard_stream_ended",
+            shard=self._shard.shard_id,
+            address=self._shard.address,
+            reason=str(failure),
+            error=None if known else failure,
+        )
         if isinstance(failure, InvalidArgumentError | ResourceExhaustedError):
             # The shard refuses the bytes themselves, or its disk is full: their clients are told and may send again.
             for request in self._under_way:

@@ -23,6 +23,7 @@ def reject_messages(settings: GatewaySettings) -> Mapping[str, str]:
         "SONG_ID_TOO_LONG": f"song_id is longer than {settings.song_id_bytes_max} bytes of UTF-8: shorten or hash it",
         "INVALID_UTF8": "song_id or a chart is not well-formed UTF-8: encode it so",
         "MISSING_TIME": "played_at_ms is absent or 0: give the time of the play in milliseconds since the Unix epoch",
+        "TIME_OUT_OF_RANGE": "played_at_ms is more than 2^60 ms from the epoch: give milliseconds since the Unix epoch",
         "SECONDS_NOT_MILLISECONDS": "played_at_ms lies in early 1970, but is recent in seconds: multiply it by 1,000",
         "IN_FUTURE": "played_at_ms is too far ahead of the shard's clock: check the sender's clock and unit",
         "ZERO_COUNT": "count is 0: leave it out for 1, or leave the play out",

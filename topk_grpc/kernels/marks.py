@@ -56,9 +56,11 @@ def touch_slots(
         hashes, slots, verdicts = memoryview(hashes), memoryview(slots), memoryview(verdicts)
     i: cython.Py_ssize_t
     total: cython.ulonglong = verdicts.shape[0]
+    mask: cython.ulonglong = total - 1 if total & (total - 1) == 0 else 0
     with cython.nogil:
         for i in range(rows):
-            slots[i] = cython.cast(cython.int, hashes[i] % total)
+            # Slots are mostly a power of two: spare the division.
+            slots[i] = cython.cast(cython.int, hashes[i] & mask if mask else hashes[i] % total)
             verdicts[slots[i]] = _APPLY
 
 

@@ -163,6 +163,7 @@ def combine(
     resolution: cython.longlong,
     table: cython.int[::1],
     stands_for: cython.int[::1],
+    targets: cython.int[::1],
     bodies: cython.int[::1],
     shard_bytes: cython.longlong[::1],
     rows: cython.Py_ssize_t,
@@ -175,6 +176,7 @@ def combine(
         resolution: of a time bucket, in milliseconds.
         table: int32, zeros, a power of two of at least 2 * rows: scratch.
         stands_for: int32[rows], written, as in `Split`.
+        targets: int32[rows], written: the shard of each play that is sent.
         bodies: int32[rows], written: bytes of each play's message; 0 where another one stands for it.
         shard_bytes: int64[shards], zeros; written: bytes of each shard's plays.
         rows: plays.
@@ -187,7 +189,8 @@ def combine(
         times, counts, chart_bounds = memoryview(times), memoryview(counts), memoryview(chart_bounds)
         chart_starts, chart_sizes, reasons = memoryview(chart_starts), memoryview(chart_sizes), memoryview(reasons)
         hashes, owners, table = memoryview(hashes), memoryview(owners), memoryview(table)
-        stands_for, bodies, shard_bytes = memoryview(stands_for), memoryview(bodies), memoryview(shard_bytes)
+        stands_for, targets = memoryview(stands_for), memoryview(targets)
+        bodies, shard_bytes = memoryview(bodies), memoryview(shard_bytes)
     i: cython.Py_ssize_t
     j: cython.Py_ssize_t
     k: cython.int
@@ -197,25 +200,32 @@ def combine(
     sent: cython.Py_ssize_t = 0
     shard: cython.int
     slots: cython.ulonglong = owners.shape[0]
+    slot_mask: cython.ulonglong = slots - 1 if slots & (slots - 1) == 0 else 0
     mask: cython.ulonglong = table.shape[0] - 1
     bucket: cython.longlong
     key: cython.ulonglong
-    last_second: cython.longlong = 0
+    bucket_start: cython.longlong = 0
     last_bucket: cython.longlong = 0
     with cython.nogil:
         for i in range(rows):
             bodies[i] = 0
             stands_for[i] = -1
-            if reasons[i] != 0 or owners[cython.cast(cython.Py_ssize_t, hashes[i] % slots)] < 0:
+            if reasons[i] != 0:
                 continue
+            # Slots are mostly a power of two: spare the division.
+            at = cython.cast(cython.Py_ssize_t, hashes[i] & slot_mask if slot_mask else hashes[i] % slots)
+            shard = owners[at]
+            if shard < 0:
+                continue
+            targets[i] = shard
             sent += 1
             # Plays of a batch mostly share a few buckets: spare the division.
-            if last_second <= times[i] < last_second + resolution:
+            if bucket_start <= times[i] < bucket_start + resolution:
                 bucket = last_bucket
             else:
                 bucket = _floor(times[i], resolution)
                 last_bucket = bucket
-                last_second = bucket * resolution
+                bucket_start = bucket * resolution
             key = hashes[i] ^ ((_unsigned(bucket) * _MIX) & MASK64)
             for j in range(chart_bounds[i], chart_bounds[i + 1]):
                 for k in range(chart_sizes[j]):
@@ -231,7 +241,7 @@ def combine(
                 if (
                     hashes[other] == hashes[i]
                     and song_sizes[other] == song_sizes[i]
-                    and _floor(times[other], resolution) == bucket
+                    and bucket_start <= times[other] < bucket_start + resolution
                     and _same(data, song_starts[other], song_starts[i], song_sizes[i])
                     and _same_charts(data, chart_bounds, chart_starts, chart_sizes, other, i)
                 ):
@@ -249,7 +259,6 @@ def combine(
         for i in range(rows):
             if stands_for[i] != i:
                 continue
-            shard = owners[cython.cast(cython.Py_ssize_t, hashes[i] % slots)]
             body = 1 + _size_of(song_sizes[i]) + song_sizes[i] + 1 + _size_of(_unsigned(times[i]))
             if counts[i] != 1:
                 body += 1 + _size_of(_unsigned(counts[i]))
@@ -258,7 +267,7 @@ def combine(
             if i:
                 body += 1 + _size_of(i)
             bodies[i] = cython.cast(cython.int, body)
-            shard_bytes[shard] += 1 + _size_of(body) + body
+            shard_bytes[targets[i]] += 1 + _size_of(body) + body
     return sent
 
 
@@ -271,8 +280,7 @@ def write_parts(
     chart_bounds: cython.int[::1],
     chart_starts: cython.longlong[::1],
     chart_sizes: cython.int[::1],
-    hashes: cython.ulonglong[::1],
-    owners: cython.int[::1],
+    targets: cython.int[::1],
     bodies: cython.int[::1],
     ends: cython.longlong[::1],
     out: cython.uchar[::1],
@@ -289,18 +297,17 @@ def write_parts(
     if not cython.compiled:
         data, song_starts, song_sizes = memoryview(data), memoryview(song_starts), memoryview(song_sizes)
         times, counts, chart_bounds = memoryview(times), memoryview(counts), memoryview(chart_bounds)
-        chart_starts, chart_sizes, hashes = memoryview(chart_starts), memoryview(chart_sizes), memoryview(hashes)
-        owners, bodies, ends, out = memoryview(owners), memoryview(bodies), memoryview(ends), memoryview(out)
+        chart_starts, chart_sizes, targets = memoryview(chart_starts), memoryview(chart_sizes), memoryview(targets)
+        bodies, ends, out = memoryview(bodies), memoryview(ends), memoryview(out)
     i: cython.Py_ssize_t
     j: cython.Py_ssize_t
     at: cython.Py_ssize_t
     shard: cython.int
-    slots: cython.ulonglong = owners.shape[0]
     with cython.nogil:
         for i in range(rows):
             if bodies[i] == 0:
                 continue
-            shard = owners[cython.cast(cython.Py_ssize_t, hashes[i] % slots)]
+            shard = targets[i]
             at = cython.cast(cython.Py_ssize_t, ends[shard])
             out[at] = 34
             at = _put(out, at + 1, bodies[i])
@@ -339,19 +346,20 @@ def split_batch(
     rows = columns.count
     table = np.zeros(1 << max(4, (2 * rows - 1).bit_length()), np.int32)
     stands_for = np.empty(rows, np.int32)
+    targets = np.empty(rows, np.int32)
     bodies = np.empty(rows, np.int32)
     shard_bytes = np.zeros(shards, np.int64)
     plays = combine(
         data, columns.song_starts, columns.song_sizes, columns.times_ms, columns.counts,
         columns.chart_bounds, columns.chart_starts, columns.chart_sizes, columns.reasons, hashes, owners, resolution_ms,
-        table, stands_for, bodies, shard_bytes, rows,
+        table, stands_for, targets, bodies, shard_bytes, rows,
     )  # fmt: skip
     stops = np.cumsum(shard_bytes)
     starts = stops - shard_bytes
     out = np.empty(int(shard_bytes.sum()), np.uint8)
     write_parts(
         data, columns.song_starts, columns.song_sizes, columns.times_ms, columns.counts,
-        columns.chart_bounds, columns.chart_starts, columns.chart_sizes, hashes, owners, bodies,
+        columns.chart_bounds, columns.chart_starts, columns.chart_sizes, targets, bodies,
         starts.copy(), out, rows,
     )  # fmt: skip
     view = out.data

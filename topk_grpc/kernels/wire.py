@@ -25,6 +25,7 @@ from topk_grpc.errors import InvalidArgumentError
 MASK64 = cython.declare(cython.ulonglong, 0xFFFFFFFFFFFFFFFF)
 _MASK32 = cython.declare(cython.ulonglong, 0xFFFFFFFF)
 _COUNT_MAX = cython.declare(cython.longlong, 1 << 55)
+_TIME_MAX = cython.declare(cython.longlong, 1 << 60)
 _SECONDS_LOW = cython.declare(cython.longlong, 946_684_800)  # 2000-01-01 as seconds
 _SECONDS_HIGH = cython.declare(cython.longlong, 4_102_444_800)  # 2100-01-01 as seconds
 
@@ -41,6 +42,7 @@ REASONS = (
     "TOO_MANY_CHARTS",
     "EMPTY_CHART",
     "CHART_TOO_LONG",
+    "TIME_OUT_OF_RANGE",
 )
 """What the column `reasons` of `PlayColumns` means; 0: the play is valid."""
 
@@ -58,6 +60,7 @@ _COUNT_TOO_LARGE = cython.declare(cython.uchar, 8)
 _TOO_MANY_CHARTS = cython.declare(cython.uchar, 9)
 _EMPTY_CHART = cython.declare(cython.uchar, 10)
 _CHART_TOO_LONG = cython.declare(cython.uchar, 11)
+_TIME_OUT_OF_RANGE = cython.declare(cython.uchar, 12)
 
 
 @dataclass(slots=True)
@@ -204,6 +207,12 @@ def _is_utf8(data: cython.const[cython.uchar][::1], start: cython.Py_ssize_t, si
     low: cython.int
     high: cython.int
     more: cython.int
+    i: cython.Py_ssize_t
+    every: cython.uchar = 0
+    for i in range(start, end):  # a loop without a branch: mostly everything is ASCII
+        every = every | data[i]
+    if every < 0x80:
+        return True
     while at < end:
         lead = data[at]
         at += 1
@@ -359,6 +368,8 @@ def _read_play(  # noqa: PLR0914
         reason = _INVALID_UTF8
     elif time == 0:
         reason = _MISSING_TIME
+    elif time < -_TIME_MAX or time > _TIME_MAX:
+        reason = _TIME_OUT_OF_RANGE
     elif _SECONDS_LOW <= time < _SECONDS_HIGH:
         reason = _SECONDS
     elif count == 0:
