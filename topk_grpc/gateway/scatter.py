@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 
 from topk_grpc.config import GatewaySettings
-from topk_grpc.errors import InvalidArgumentError, ResourceExhaustedError, TopKError, UnavailableError
+from topk_grpc.errors import DeadlineError, InvalidArgumentError, ResourceExhaustedError, TopKError, UnavailableError
 from topk_grpc.gateway.routing import RoutingWatch
 from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
@@ -126,6 +126,7 @@ class Scatter:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.query_seconds
         topology = self._watch.current.topology
+        told = ""
         while True:
             gathered, failures = await self._ask_all(topology, method, request, deadline)
             for failure in failures.values():
@@ -135,8 +136,12 @@ class Scatter:
             if problem is None or (failures and allow_partial and not self._overlap(gathered)):
                 return gathered
             # A shard that restarts, or a slot that moves, is back within moments: ask again as long as there is time.
+            # The last time is too short for an answer: what was wrong before that says more.
+            late = failures and all(isinstance(failure, DeadlineError) for failure in failures.values())
+            if problem is not None and not (told and late):
+                told = problem
             if loop.time() + _AGAIN_SECONDS >= deadline:
-                raise UnavailableError(problem)
+                raise UnavailableError(told)
             await asyncio.sleep(_AGAIN_SECONDS)
             topology = (await self._watch.refresh()).topology
 

@@ -95,7 +95,7 @@ class ShardService(_Base):  # type: ignore[misc]
         def answer_if_short(core: ShardCore) -> pb.QueryTopKResponse | None:
             return None if query.scans(core.state, scope, request.k) else answer(core)
 
-        short = await self._owner.read(answer_if_short)
+        short = await self._owner.read(answer_if_short) if scope.bounds is None else None
         return short if short is not None else await self._owner.scan(("top_k", scope, request.k), answer)
 
     async def QueryCounts(self, request: pb.QueryCountsRequest, context: Context) -> pb.QueryCountsResponse:  # noqa: N802
