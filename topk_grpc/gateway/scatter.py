@@ -23,7 +23,7 @@ from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
 from topk_grpc.rpc.channels import open_channel
 from topk_grpc.rpc.status import from_rpc_error
 
-_AGAIN_SECONDS: Final = 0.05
+_AGAIN_SECONDS: Final = (0.05, 1.0)
 
 
 class Covered(Protocol):
@@ -74,7 +74,8 @@ class ShardQueries:
                 task = asyncio.create_task(channel.close(self._settings.query_seconds))
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
-            channel = open_channel(shard.address)
+            # Asking again is the caller's: gRPC's own retries hide why, and hold up those that go without the shard.
+            channel = open_channel(shard.address, options=[("grpc.enable_retries", 0)])
             self._channels[shard.shard_id] = (shard.address, channel)
         return pb_grpc.ShardServiceStub(channel)
 
@@ -127,6 +128,7 @@ class Scatter:
         deadline = loop.time() + self._settings.query_seconds
         topology = self._watch.current.topology
         told = ""
+        again, again_max = _AGAIN_SECONDS
         while True:
             gathered, failures = await self._ask_all(topology, method, request, deadline)
             for failure in failures.values():
@@ -140,9 +142,10 @@ class Scatter:
             late = failures and all(isinstance(failure, DeadlineError) for failure in failures.values())
             if problem is not None and not (told and late):
                 told = problem
-            if loop.time() + _AGAIN_SECONDS >= deadline:
+            if loop.time() + again >= deadline:
                 raise UnavailableError(told)
-            await asyncio.sleep(_AGAIN_SECONDS)
+            await asyncio.sleep(again)
+            again = min(again_max, 2 * again)  # the others scan for nothing each time
             topology = (await self._watch.refresh()).topology
 
     async def _ask_all(
