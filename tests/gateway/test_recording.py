@@ -503,8 +503,8 @@ async def test_a_shard_that_is_down_holds_back_streams_within_bounds(cluster: Cl
     gateway.recorder.begin = counted_begin  # type: ignore[method-assign]
 
     async def requests(name: str) -> AsyncIterator[pb.StreamPlaysRequest]:
-        for sequence in range(1, 41):
-            filler = [Play(f"{name}-{sequence}-{number:0100}", NOW) for number in range(400)]
+        for sequence in range(1, 21):
+            filler = [Play(f"{name}-{sequence}-{number:0100}", NOW) for number in range(100)]
             yield stream_request(batch(sequence, [*plays_of(sequence), *filler], producer=name))
 
     calls = [gateway.stub.StreamPlays(requests(f"p{number}")) for number in range(5)]
@@ -512,13 +512,13 @@ async def test_a_shard_that_is_down_holds_back_streams_within_bounds(cluster: Cl
     await until(lambda: link._waiting_bytes > 1 << 16)
     for _ in range(20):
         await asyncio.sleep(0.02)
-        # One part beyond, and the three requests that came back unanswered: of a part each here.
-        assert link._waiting_bytes <= (1 << 16) + 4 * (1 << 15)
+        # One part beyond, and the three requests that came back unanswered: each of `part_bytes_max`.
+        assert link._waiting_bytes <= (1 << 16) + 4 * (1 << 14)
     assert begun <= 5 * 4
     await cluster.shards[0].start()
     for call in calls:
-        assert [ack.sequence async for ack in call] == list(range(1, 41))
-    assert cluster.counted(COMMON_SONGS) == [200] * 40
+        assert [ack.sequence async for ack in call] == list(range(1, 21))
+    assert cluster.counted(COMMON_SONGS) == [100] * 40
 
 
 async def test_a_full_disk_is_told_to_the_client_and_the_resend_counts(
