@@ -170,7 +170,7 @@ def _decide(state: ShardState, request: bytes, part: Part, limits: Limits) -> No
         part.outcome.not_owner_slots.extend(np.flatnonzero(verdicts == NOT_OWNER).tolist())
     if occurred & 1 << DUPLICATE:
         part.outcome.duplicate = True
-        for index, reason in producer.rejects.get(columns.sequence, ()):
+        for index, reason in producer.rejects_of(columns.sequence):
             part.outcome.rejected_indexes.append(index)
             part.outcome.rejected_reasons.append(reason)  # type: ignore[arg-type]
     if part.changes:

@@ -6,6 +6,8 @@ repeats those of the first.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +28,18 @@ class Producer:
         number: stands for it in the marks, from 1.
         last_seen_ms: the shard's clock when its last batch was admitted.
         permanent: a batch of it had no first_sent_ms: never to be forgotten.
-        rejects: by sequence: index and reason of each play that was rejected here.
+        rejects: by sequence: each play that was rejected here, `index << 8 | reason`. A clock that is wrong, or a unit,
+            rejects whole batches: eight bytes a play, then, not two objects.
     """
 
     number: int
     last_seen_ms: int = 0
     permanent: bool = False
-    rejects: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    rejects: dict[int, array[int]] = field(default_factory=dict)
+
+    def rejects_of(self, sequence: int) -> Iterator[tuple[int, int]]:
+        """Index and reason of each rejected play of a batch."""
+        return ((packed >> 8, packed & 255) for packed in self.rejects.get(sequence, ()))
 
 
 class Producers:
@@ -75,7 +82,8 @@ class Producers:
     def remember_rejects(self, producer: Producer, sequence: int, rejects: list[tuple[int, int]]) -> None:
         """Keeps the rejects of a batch, and drops those of batches that are too old to be resent."""
         if rejects:
-            producer.rejects.setdefault(sequence, []).extend(rejects)
+            packed = (index << 8 | reason for index, reason in rejects)
+            producer.rejects.setdefault(sequence, array("Q")).extend(packed)
             for old in [known for known in producer.rejects if known + MARK_REACH < sequence]:
                 del producer.rejects[old]
 
@@ -99,7 +107,7 @@ class Producers:
                     one.number,
                     one.last_seen_ms,
                     one.permanent,
-                    [[s, list(r)] for s, r in one.rejects.items()],
+                    [[s, r.tolist()] for s, r in one.rejects.items()],
                 ]
                 for name, one in self._known.items()
             ],
@@ -113,6 +121,6 @@ class Producers:
         producers.marks = MarkTable.from_arrays(arrays)
         producers._next_number = meta["next_number"]
         for name, number, last_seen_ms, permanent, rejects in meta["known"]:
-            kept = {sequence: [(index, reason) for index, reason in one] for sequence, one in rejects}
+            kept = {sequence: array("Q", one) for sequence, one in rejects}
             producers._known[bytes.fromhex(name)] = Producer(number, last_seen_ms, permanent, kept)
         return producers
