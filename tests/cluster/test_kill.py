@@ -30,6 +30,7 @@ from tests.cluster.processes import (
     wait_for,
 )
 from topk_grpc import TopKClient
+from topk_grpc.kernels import compiled
 from topk_grpc.model import ClusterSettings, ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import query_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
@@ -111,7 +112,7 @@ async def test_client_goes_on_after_a_kill_and_every_play_counts_once(victim: Cl
 
 # --- topk ingest ------------------------------------------------------------------------------------------------------
 
-ROWS: Final = 500_000
+ROWS: Final = 500_000 if compiled() else 30_000
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,8 @@ class Scatter:
         self, topology: Topology, method: str, request: Any, deadline: float
     ) -> tuple[Gathered[Any], dict[str, TopKError]]:
         seconds = deadline - asyncio.get_running_loop().time()
-        owning = [shard for index, shard in enumerate(topology.shards) if index in set(topology.owners)]
+        owners = set(topology.owners)
+        owning = [shard for index, shard in enumerate(topology.shards) if index in owners]
         results = await asyncio.gather(
             *(self._queries.ask(shard, method, request, seconds) for shard in owning), return_exceptions=True
         )
