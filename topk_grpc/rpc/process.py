@@ -10,9 +10,9 @@ _M_TRIM_THRESHOLD: Final = -1
 _M_TOP_PAD: Final = -2
 _M_MMAP_THRESHOLD: Final = -3
 
-_MMAP_BYTES: Final = 64 << 20
-_TRIM_BYTES: Final = 512 << 20
-_PAD_BYTES: Final = 16 << 20
+_MMAP_BYTES: Final = 4 << 20
+_TRIM_BYTES: Final = 32 << 20
+_PAD_BYTES: Final = 4 << 20
 
 
 def prepare() -> None:
@@ -28,7 +28,7 @@ def _raise_file_limit() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Lets malloc keep what is freed, up to 512 MiB, where it would give it back to the kernel.
+    """Lets malloc keep up to 32 MiB of what is freed, where it would give it back to the kernel.
 
     Messages are some 100 KB each. By default every one is mapped, touched page by page for the first time, and
     unmapped: a third of all page faults under load came from that. Does nothing where the C library is not glibc.
