@@ -30,7 +30,8 @@ from topk_grpc.rpc import log
 from topk_grpc.rpc.channels import open_channel
 from topk_grpc.rpc.status import from_rpc_error
 
-REQUESTS_UNDER_WAY_MAX: Final = 3
+REQUESTS_UNDER_WAY_MAX: Final = 2
+"""One is on its way while the shard works on the other. More do not keep it busier, and gather less in each."""
 BACKOFF_SECONDS: Final = (0.05, 2.0)
 _APPEND: Final = "/topk.v1.ShardService/Append"
 
