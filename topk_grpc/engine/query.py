@@ -67,6 +67,8 @@ class PlaceStanding:
 
 def _chart_number(state: ShardState, chart: str) -> int | None:
     """The chart's number on its board; None if this shard has never heard of it."""
+    if not chart:
+        return 0
     number = int(state.charts.find_texts([chart])[0])
     return number if number >= 0 else None
 
@@ -99,7 +101,7 @@ def _candidates(state: ShardState, scope: Scope) -> tuple[NDArray[np.int32], NDA
 def _ranked(state: ShardState, scope: Scope, entries: NDArray[np.int32], counts: NDArray[np.int64]) -> Ranked:
     songs = state.songs_of(scope.board)
     numbers = songs[entries] if len(songs) else entries
-    return Ranked([state.songs.text(number) for number in numbers.tolist()], counts.tolist())
+    return Ranked(state.songs.texts(numbers), counts.tolist())
 
 
 def _select(

@@ -39,7 +39,7 @@ def _now_ms() -> int:
 
 def _ordered(places: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
     """Best first."""
-    return sorted(places, key=lambda place: (-place[1], place[0]))
+    return [(song_id, -count) for count, song_id in sorted((-count, song_id) for song_id, count in places)]
 
 
 class Queries:

@@ -319,6 +319,16 @@ class StringTable:
         size = int(self.arena[start - 2]) | int(self.arena[start - 1]) << 8
         return self.arena[start : start + size].tobytes().decode()
 
+    def texts(self, numbers: NDArray[np.int32]) -> list[str]:
+        """The strings of those numbers."""
+        starts = self.starts[numbers]
+        sizes = self.arena[starts - 2].astype(np.int64) | (self.arena[starts - 1].astype(np.int64) << 8)
+        data = self.arena.data
+        return [
+            str(data[start:stop], "utf-8")
+            for start, stop in zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
+        ]
+
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """What a snapshot keeps: views that later additions leave alone."""
         return {"arena": self.arena[: self.arena_used], "starts": self.starts[: len(self)]}
