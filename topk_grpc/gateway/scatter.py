@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
-import numpy as np
 
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import DeadlineError, InvalidArgumentError, ResourceExhaustedError, TopKError, UnavailableError
@@ -174,9 +173,7 @@ class Scatter:
             return f"{shard_id} does not answer ({failure}): ask again, or set allow_partial to go without it"
         if self._overlap(gathered):
             return "two shards answer for the same slot: a slot is moving, ask again"
-        covered = sum(
-            int(np.unpackbits(np.frombuffer(one.coverage.slots, np.uint8)).sum()) for one in gathered.answers.values()
-        )
+        covered = sum(_slots(answer).bit_count() for answer in gathered.answers.values())
         if covered != gathered.topology.settings.slots:
             left = gathered.topology.settings.slots - covered
             return f"{left} slots are answered by no shard: a slot is moving, ask again"
@@ -184,10 +181,15 @@ class Scatter:
 
     @staticmethod
     def _overlap(gathered: Gathered[Any]) -> bool:
-        seen = np.zeros((gathered.topology.settings.slots + 7) // 8, np.uint8)
+        seen = 0
         for answer in gathered.answers.values():
-            slots = np.frombuffer(answer.coverage.slots, np.uint8)
-            if (seen & slots).any():
+            slots = _slots(answer)
+            if seen & slots:
                 return True
             seen |= slots
         return False
+
+
+def _slots(answer: Covered) -> int:
+    """The slots an answer covers: slot s at bit s."""
+    return int.from_bytes(answer.coverage.slots, "little")

@@ -200,11 +200,13 @@ def certificate_from_pb(message: query_pb2.Certificate) -> model.Certificate:
 
 def answer_to_pb(answer: model.Answer) -> topk_service_pb2.GetTopKResponse:
     """Writes the k best of a window."""
-    return topk_service_pb2.GetTopKResponse(
-        bounds=bounds_to_pb(answer.bounds),
-        certificate=certificate_to_pb(answer.certificate),
-        entries=map(entry_to_pb, answer.entries),
+    message = topk_service_pb2.GetTopKResponse(
+        bounds=bounds_to_pb(answer.bounds), certificate=certificate_to_pb(answer.certificate)
     )
+    add = message.entries.add  # in place: copying as many messages in takes four times as long
+    for entry in answer.entries:
+        add(rank=entry.rank, song_id=entry.song_id, count=entry.count)
+    return message
 
 
 def answer_from_pb(message: topk_service_pb2.GetTopKResponse) -> model.Answer:
