@@ -3,6 +3,7 @@
 TopKError
 ├── InvalidArgumentError        the caller's request is wrong; trying again does not help
 │   ├── WindowError             a window that does not parse, or makes no sense
+│   ├── OutOfRangeError         a window that the grain kept for its time cannot cut exactly
 │   ├── SettingError            a setting outside its range, or two that contradict each other
 │   └── InputError              a file to ingest that cannot be read as mapped
 ├── DuplicateBatchError         the first send of a batch was answered `duplicate`: two processes share a producer id
@@ -42,6 +43,19 @@ class InvalidArgumentError(TopKError, ValueError):
 
 class WindowError(InvalidArgumentError):
     """A window that does not parse, or makes no sense."""
+
+
+class OutOfRangeError(InvalidArgumentError):
+    """A window that no retained tier can cut exactly.
+
+    Attributes:
+        start_ms, end_ms: the nearest bounds around it that can be cut: a range window of these is answered.
+    """
+
+    def __init__(self, message: str, start_ms: int = 0, end_ms: int = 0) -> None:
+        super().__init__(message)
+        self.start_ms = start_ms
+        self.end_ms = end_ms
 
 
 class SettingError(InvalidArgumentError):

@@ -24,6 +24,11 @@ RESOLUTION_MS_DEFAULT: Final = 1000
 COUNT_MAX: Final = 1 << 55
 """The largest count of one play, and the largest sum of a shard: 256 shards' sums still fit 64 signed bits."""
 
+TIME_MS_MAX: Final = 1 << 60
+"""The farthest instant from the epoch, 36 million years: sums of an instant and a size stay within 64 bits."""
+
+_SIZE_MS_MAX: Final = 1 << 53
+
 GLOBAL_CHART: Final = ""
 """The name of the chart that every play counts in."""
 
@@ -146,7 +151,7 @@ class TumblingWindow:
     offset_ms: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.size_ms <= 1 << 53:
+        if not 0 < self.size_ms <= _SIZE_MS_MAX:
             raise WindowError(f"a tumbling window's size is {self.size_ms} ms: it has to be above 0 and below 2^53")
         object.__setattr__(self, "offset_ms", self.offset_ms % self.size_ms)
 
@@ -155,7 +160,86 @@ class TumblingWindow:
         return f"tumbling:{format_duration(self.size_ms)}{offset}"
 
 
-Window = GlobalWindow | TumblingWindow
+@dataclass(frozen=True, slots=True)
+class SlidingWindow:
+    """The last stretch of time before T: [E - size, E).
+
+    Attributes:
+        size_ms: its length, above 0.
+        slide_ms: it moves in steps of this length, which divides the size: E = floor(T / slide) * slide. 0: it moves
+            with every step of the resolution r and takes in the one that holds T: E = floor(T / r) * r + r.
+    """
+
+    size_ms: int
+    slide_ms: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size_ms <= _SIZE_MS_MAX:
+            raise WindowError(f"a sliding window's size is {self.size_ms} ms: it has to be above 0 and below 2^53")
+        if self.slide_ms < 0 or (self.slide_ms and self.size_ms % self.slide_ms):
+            raise WindowError(
+                f"a sliding window's slide is {self.slide_ms} ms: it has to divide its size of {self.size_ms} ms, or be"
+                " left out"
+            )
+
+    def __str__(self) -> str:
+        slide = f"/{format_duration(self.slide_ms)}" if self.slide_ms else ""
+        return f"sliding:{format_duration(self.size_ms)}{slide}"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionWindow:
+    """Each entry's last session, if it is still open at T.
+
+    Plays whose time buckets lie at most the gap apart form a session; it is open while its last one lies at most the
+    gap before T's.
+
+    Attributes:
+        gap_ms: above 0.
+    """
+
+    gap_ms: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gap_ms <= _SIZE_MS_MAX:
+            raise WindowError(f"a session window's gap is {self.gap_ms} ms: it has to be above 0 and below 2^53")
+
+    def __str__(self) -> str:
+        return f"session:{format_duration(self.gap_ms)}"
+
+
+@dataclass(frozen=True, slots=True)
+class RangeWindow:
+    """The span [start, end) of history, wherever T lies."""
+
+    start_ms: int
+    end_ms: int
+
+    def __post_init__(self) -> None:
+        if self.end_ms <= self.start_ms:
+            raise WindowError(
+                f"a range ends at {format_time(self.end_ms)}, not after its start at {format_time(self.start_ms)}:"
+                " write range:START..END, END exclusive"
+            )
+        if max(abs(self.start_ms), abs(self.end_ms)) > TIME_MS_MAX:
+            raise WindowError(f"{self} lies out of all reason: give milliseconds since the Unix epoch")
+
+    def __str__(self) -> str:
+        return f"range:{_time_text(self.start_ms)}..{_time_text(self.end_ms)}"
+
+
+def _time_text(milliseconds: int) -> str:
+    """What `parse_time` reads back."""
+    text = format_time(milliseconds)
+    return str(milliseconds) if " " in text else text
+
+
+Window = GlobalWindow | TumblingWindow | SlidingWindow | SessionWindow | RangeWindow
+
+_FORMS: Final = (
+    "global, tumbling:SIZE[@OFFSET] (tumbling:1d, tumbling:7d@4d), sliding:SIZE[/SLIDE] (sliding:10m/1m, sliding:10m), "
+    "session:GAP (session:15m) or range:START..END (range:2026-11-01..2026-11-08)"
+)
 
 
 def parse_window(text: str) -> Window:
@@ -164,17 +248,31 @@ def parse_window(text: str) -> Window:
     Raises:
         WindowError: it is none of the known forms.
     """
-    kind, _, rest = text.strip().partition(":")
+    kind, colon, rest = text.strip().partition(":")
     match kind:
-        case "global" if not rest and ":" not in text:
+        case "global" if not colon:
             return GlobalWindow()
         case "tumbling":
             size, at, offset = rest.partition("@")
             return TumblingWindow(parse_duration(size), parse_duration(offset) if at else 0)
+        case "sliding":
+            size, slash, slide = rest.partition("/")
+            slide_ms = parse_duration(slide) if slash else 0
+            if slash and not slide_ms:
+                raise WindowError(f"{text!r} has a slide of 0: leave it out for a window that moves with its plays")
+            return SlidingWindow(parse_duration(size), slide_ms)
+        case "session":
+            return SessionWindow(parse_duration(rest))
+        case "range" if ".." in rest:
+            start, _, end = rest.partition("..")
+            try:
+                return RangeWindow(parse_time(start), parse_time(end))
+            except WindowError:
+                raise
+            except InvalidArgumentError as error:
+                raise WindowError(f"{text!r} is not a range: {error}") from error
         case _:
-            raise WindowError(
-                f"{text!r} is not a window: write global, or tumbling:SIZE[@OFFSET] as in tumbling:1d or tumbling:7d@4d"
-            )
+            raise WindowError(f"{text!r} is not a window: write {_FORMS}")
 
 
 # --- Plays and answers ------------------------------------------------------------------------------------------------
@@ -182,7 +280,10 @@ def parse_window(text: str) -> Window:
 
 @dataclass(frozen=True, slots=True)
 class Play:
-    """One event. `count` plays at once if the caller counted beforehand; `charts` besides the global one."""
+    """One event. `count` plays at once if the caller counted beforehand; `charts` besides the global one.
+
+    A negative count is a correction: it takes plays back from the time bucket and all the charts named, or is rejected.
+    """
 
     song_id: str
     played_at_ms: int
@@ -220,12 +321,38 @@ class BatchAck:
 
 
 @dataclass(frozen=True, slots=True)
+class ChartHistory:
+    """How a song fared in the panes of a tumbling window before. On a pane's chart is who ranks at most k there.
+
+    Attributes:
+        previous_rank: in the pane before; None where it was not on that chart.
+        peak_rank: the best in the panes looked at, this one included.
+        panes_on_chart: on how many of their charts it was, this one included.
+    """
+
+    previous_rank: int | None
+    peak_rank: int
+    panes_on_chart: int
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """A ranked song."""
+    """A ranked song.
+
+    Attributes:
+        rank: from 1.
+        song_id, count: the song and its plays.
+        share: of all plays of the window and chart.
+        session: only in session windows: from its session's first time bucket to the end of the last so far.
+        history: only where it was asked for.
+    """
 
     rank: int
     song_id: str
     count: int
+    share: float = 0.0
+    session: Bounds | None = None
+    history: ChartHistory | None = None
 
 
 class Finality(Enum):
@@ -246,6 +373,7 @@ class Certificate:
     finality: Finality
     total_plays: int
     distinct_songs: int
+    other_plays: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,13 +387,15 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class SongStanding:
-    """Where one song stands. `rank` is None where it has no plays in the window."""
+    """Where one song stands. `rank` is None where it has no plays in the window; the rest is as in `Entry`."""
 
     song_id: str
     count: int
     rank: int | None
     above: tuple[Entry, ...] = ()
     below: tuple[Entry, ...] = ()
+    share: float = 0.0
+    session: Bounds | None = None
 
 
 @dataclass(frozen=True, slots=True)

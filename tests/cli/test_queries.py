@@ -42,10 +42,11 @@ def test_top_as_json(gateway: str, run_json: Any) -> None:
             "finality": "FINAL",
             "total_plays": 4,
             "distinct_songs": 3,
+            "other_plays": 1,
         },
         "entries": [
-            {"rank": 1, "song_id": "Für Elise", "count": 2},
-            {"rank": 2, "song_id": "A", "count": 1},
+            {"rank": 1, "song_id": "Für Elise", "count": 2, "share": 0.5},
+            {"rank": 2, "song_id": "A", "count": 1, "share": 0.25},
         ],
     }
     assert isinstance(answer["certificate"]["epoch"], int)
@@ -75,10 +76,11 @@ def test_rank_as_json(gateway: str, run_json: Any) -> None:
             "song_id": "B",
             "count": 1,
             "rank": 3,
-            "above": [{"rank": 2, "song_id": "A", "count": 1}],
-            "below": [{"rank": 4, "song_id": "[bold]not markup[/]", "count": 1}],
+            "share": 1 / 6,
+            "above": [{"rank": 2, "song_id": "A", "count": 1, "share": 1 / 6}],
+            "below": [{"rank": 4, "song_id": "[bold]not markup[/]", "count": 1, "share": 1 / 6}],
         },
-        {"song_id": "nobody", "count": 0, "rank": None, "above": [], "below": []},
+        {"song_id": "nobody", "count": 0, "rank": None, "share": 0.0, "above": [], "below": []},
     ]
     assert answer["certificate"]["total_plays"] == 6
     assert answer["window"] == {"start_ms": None, "end_ms": None}

@@ -150,8 +150,8 @@ def check_scope(state: ShardState, tally: Tally, scope: Scope, extra_ks: Iterabl
 
     counts = dict(ranked)
     asked = [*sorted({play.song_id for play in tally.plays}), "unheard of", ""]
-    found, said = query.counts_of(state, scope, asked)
-    assert found == [counts.get(song_id, 0) for song_id in asked]
+    answered, said = query.counts_of(state, scope, asked)
+    assert answered.counts == [counts.get(song_id, 0) for song_id in asked]
     assert (said.plays, said.songs) == totals
 
     # Places of this shard's songs, and of other shards' songs between, before and behind them.

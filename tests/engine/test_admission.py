@@ -35,7 +35,7 @@ def play(song_id: str = "a", at: int = NOW, count: int = 1, *charts: str) -> Pla
 
 
 def counts(shard: EngineShard, *song_ids: str, chart: str = "") -> list[int]:
-    return query.counts_of(shard.state, Scope(chart), song_ids)[0]
+    return query.counts_of(shard.state, Scope(chart), song_ids)[0].counts
 
 
 def songs_in(slots: list[int], many: int) -> list[str]:

@@ -94,7 +94,7 @@ class ShardServer:
         await self.line.close()
 
     def counted(self, song_ids: Sequence[str], chart: str = "") -> list[int]:
-        return query.counts_of(self.core.state, Scope(chart), song_ids)[0]
+        return query.counts_of(self.core.state, Scope(chart), song_ids)[0].counts
 
 
 class Line:

@@ -86,7 +86,7 @@ def take_snapshot(core: ShardCore) -> None:
 
 
 def counted(core: ShardCore, song_ids: Sequence[str], chart: str = "") -> list[int]:
-    return query.counts_of(core.state, Scope(chart), song_ids)[0]
+    return query.counts_of(core.state, Scope(chart), song_ids)[0].counts
 
 
 def check_numbered(core: ShardCore, counted_batches: set[int], highest: int) -> None:

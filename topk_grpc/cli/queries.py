@@ -244,14 +244,17 @@ def _certificate(certificate: Certificate) -> dict[str, Any]:
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
-    return {"rank": entry.rank, "song_id": entry.song_id, "count": entry.count}
+    value = {"rank": entry.rank, "song_id": entry.song_id, "count": entry.count, "share": entry.share}
+    if entry.history is not None:
+        value |= asdict(entry.history)
+    return value | _session(entry.session)
+
+
+def _session(session: Bounds | None) -> dict[str, int]:
+    return {} if session is None else {"session_start_ms": session.start_ms, "session_end_ms": session.end_ms}
 
 
 def _standing(song: SongStanding) -> dict[str, Any]:
-    return {
-        "song_id": song.song_id,
-        "count": song.count,
-        "rank": song.rank,
-        "above": [_entry(entry) for entry in song.above],
-        "below": [_entry(entry) for entry in song.below],
-    }
+    value = {"song_id": song.song_id, "count": song.count, "rank": song.rank, "share": song.share}
+    around = {"above": [_entry(entry) for entry in song.above], "below": [_entry(entry) for entry in song.below]}
+    return value | _session(song.session) | around

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 
 from topk_grpc.errors import InvalidArgumentError
-from topk_grpc.model import Answer, AsOf, ChartSummary, GlobalWindow, SongsAnswer, TumblingWindow, Window, parse_window
+from topk_grpc.model import Answer, AsOf, ChartSummary, SongsAnswer, Window, parse_window
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 from topk_grpc.rpc import convert
@@ -83,7 +83,7 @@ class Queries:
 def _window(window: str | Window) -> Window:
     if isinstance(window, str):
         return parse_window(window)
-    if not isinstance(window, GlobalWindow | TumblingWindow):
+    if not isinstance(window, Window):
         raise InvalidArgumentError(f"{window!r} is no window: write text as in tumbling:1d, or a value of model.py")
     return window
 

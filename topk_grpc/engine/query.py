@@ -10,14 +10,14 @@ Each song lives on one shard, so the k best of all shards' k best are the cluste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.engine.state import CHARTS, GLOBAL, ShardState
 from topk_grpc.kernels.heap import compare_with, select
-from topk_grpc.model import Bounds
+from topk_grpc.model import Bounds, Window
 
 _NONE = np.empty(0, np.int32), np.empty(0, np.int64)
 
@@ -28,11 +28,15 @@ class Scope:
 
     Attributes:
         chart: its name; empty: the global one.
-        bounds: None: all time.
+        bounds: None: all time. For sessions the span that an open one's last play lies in.
+        gap_ms: above 0: count each entry's open session.
+        standing: the window that the bounds are of, where it is worth being kept up to date.
     """
 
     chart: str = ""
     bounds: Bounds | None = None
+    gap_ms: int = 0
+    standing: Window | None = field(default=None, compare=False)
 
     @property
     def board(self) -> str:
@@ -50,10 +54,11 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """Songs and their counts, best first."""
+    """Songs and their counts, best first; where sessions are counted, how far they reach."""
 
     song_ids: list[str]
     counts: list[int]
+    sessions: list[Bounds] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +145,13 @@ def totals(state: ShardState, scope: Scope) -> Totals:
     return Totals(int(counts.sum()), int(np.count_nonzero(counts)))
 
 
-def counts_of(state: ShardState, scope: Scope, song_ids: Sequence[str]) -> tuple[list[int], Totals]:
-    """The counts of songs in a scope; 0 where there is none."""
+def counts_of(state: ShardState, scope: Scope, song_ids: Sequence[str]) -> tuple[Ranked, Totals]:
+    """The counts of songs in a scope, in the order asked; 0 where there is none."""
+    counts, total = _counts_of(state, scope, song_ids)
+    return Ranked(list(song_ids), counts), total
+
+
+def _counts_of(state: ShardState, scope: Scope, song_ids: Sequence[str]) -> tuple[list[int], Totals]:
     songs = state.songs.find_texts(list(song_ids))
     number = _chart_number(state, scope.chart)
     if number is None:

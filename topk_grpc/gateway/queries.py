@@ -6,6 +6,7 @@ stand before it on each shard. Python orders strings by code point, which is the
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Literal
@@ -22,12 +23,15 @@ from topk_grpc.model import (
     Entry,
     Finality,
     GlobalWindow,
+    RangeWindow,
+    SessionWindow,
     SongsAnswer,
     SongStanding,
     Window,
 )
 from topk_grpc.pb.topk.v1 import query_pb2
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+from topk_grpc.rpc import convert
 
 SONGS_MAX: Final = 100
 NEIGHBOURS_MAX: Final = 100
@@ -77,7 +81,7 @@ class Queries:
             as_of = gathered.newest_event_ms or None
         return bounds_of(window, self._clock() if as_of is None else as_of, self._resolution_ms)
 
-    def _certificate(self, gathered: Gathered[Any], bounds: Bounds | None) -> Certificate:
+    def _certificate(self, gathered: Gathered[Any], bounds: Bounds | None, listed_plays: int = 0) -> Certificate:
         watermark_ms = min(gathered.newest_event_ms, self._clock())
         complete = not gathered.missing
         final = is_final(
@@ -87,14 +91,16 @@ class Queries:
             allowed_lateness_ms=int(self._settings.allowed_lateness_seconds * 1000),
         )
         coverages = [answer.coverage for answer in gathered.answers.values()]
+        total_plays = sum(coverage.total_plays for coverage in coverages)
         return Certificate(
             complete=complete,
             missing_shards=gathered.missing,
             epoch=gathered.topology.epoch,
             watermark_ms=watermark_ms,
             finality=Finality.FINAL if final else Finality.PRELIMINARY,
-            total_plays=sum(coverage.total_plays for coverage in coverages),
+            total_plays=total_plays,
             distinct_songs=sum(coverage.distinct_songs for coverage in coverages),
+            other_plays=total_plays - listed_plays,
         )
 
     async def top_k(
@@ -109,15 +115,21 @@ class Queries:
         if not 1 <= k <= self._settings.k_max:
             raise InvalidArgumentError(f"k is {k}: ask for 1 to {self._settings.k_max} entries")
         bounds = await self._bounds(window, as_of, allow_partial=allow_partial)
-        request = pb.QueryTopKRequest(scope=_scope(chart, bounds), k=k)
+        request = pb.QueryTopKRequest(scope=_scope(window, chart, bounds, live=as_of is None), k=k)
         gathered: Gathered[pb.QueryTopKResponse] = await self._scatter.gather(
             "QueryTopK", request, allow_partial=allow_partial
         )
         places = _ordered(
             place for answer in gathered.answers.values() for place in zip(answer.song_ids, answer.counts, strict=True)
         )[:k]
-        entries = tuple(Entry(rank, song_id, count) for rank, (song_id, count) in enumerate(places, 1))
-        return Answer(bounds, self._certificate(gathered, bounds), entries)
+        certificate = self._certificate(gathered, bounds, sum(count for _, count in places))
+        total = certificate.total_plays
+        sessions = _sessions(gathered.answers.values())
+        entries = tuple(
+            Entry(rank, song_id, count, count / total, sessions.get(song_id))
+            for rank, (song_id, count) in enumerate(places, 1)
+        )
+        return Answer(bounds, certificate, entries)
 
     async def songs(
         self,
@@ -140,16 +152,17 @@ class Queries:
         if neighbours > NEIGHBOURS_MAX:
             raise InvalidArgumentError(f"{neighbours} neighbours are asked for: ask for 0 to {NEIGHBOURS_MAX}")
         bounds = await self._bounds(window, as_of, allow_partial=allow_partial)
-        scope = _scope(chart, bounds)
+        scope = _scope(window, chart, bounds, live=as_of is None)
         request = pb.QueryCountsRequest(scope=scope, song_ids=song_ids)
         counted: Gathered[pb.QueryCountsResponse] = await self._scatter.gather(
             "QueryCounts", request, allow_partial=allow_partial
         )
         counts = [sum(answer.counts[index] for answer in counted.answers.values()) for index in range(len(song_ids))]
         places = list(dict.fromkeys(place for place in zip(song_ids, counts, strict=True) if place[1]))
+        listed = sum(count for _, count in places)
         if not places:
             nothing = tuple(SongStanding(song_id, 0, None) for song_id in song_ids)
-            return SongsAnswer(bounds, self._certificate(counted, bounds), nothing)
+            return SongsAnswer(bounds, self._certificate(counted, bounds, listed), nothing)
         ranks = pb.QueryRanksRequest(
             scope=scope,
             places=[pb.Place(song_id=song_id, count=count) for song_id, count in places],
@@ -158,12 +171,25 @@ class Queries:
         ranked: Gathered[pb.QueryRanksResponse] = await self._scatter.gather(
             "QueryRanks", ranks, allow_partial=allow_partial
         )
-        standings = {place: _standing(place, index, ranked, neighbours) for index, place in enumerate(places)}
+        certificate = self._certificate(ranked, bounds, listed)
+        standings = {
+            place: _standing(place, index, ranked, neighbours, certificate.total_plays)
+            for index, place in enumerate(places)
+        }
+        sessions = {
+            song_id: Bounds(answer.sessions.starts_ms[index], answer.sessions.ends_ms[index])
+            for answer in counted.answers.values()
+            if answer.HasField("sessions")
+            for index, song_id in enumerate(song_ids)
+            if answer.counts[index]
+        }
         songs = tuple(
-            standings[song_id, count] if count else SongStanding(song_id, 0, None)
+            dataclasses.replace(standings[song_id, count], session=sessions.get(song_id))
+            if count
+            else SongStanding(song_id, 0, None)
             for song_id, count in zip(song_ids, counts, strict=True)
         )
-        return SongsAnswer(bounds, self._certificate(ranked, bounds), songs)
+        return SongsAnswer(bounds, certificate, songs)
 
     async def charts(self, *, allow_partial: bool) -> tuple[Certificate, tuple[ChartSummary, ...]]:
         """All charts with their totals, largest first.
@@ -184,27 +210,49 @@ class Queries:
         return self._certificate(gathered, None), summaries
 
 
-def _scope(chart: str, bounds: Bounds | None) -> pb.Scope:
+def _scope(window: Window, chart: str, bounds: Bounds | None, *, live: bool) -> pb.Scope:
     scope = pb.Scope(chart=chart)
     if bounds is not None:
         scope.bounds.CopyFrom(query_pb2.WindowBounds(start_ms=bounds.start_ms, end_ms=bounds.end_ms))
+        if isinstance(window, SessionWindow):
+            scope.session_gap_ms = window.gap_ms
+        if live and not isinstance(window, RangeWindow):
+            scope.standing.CopyFrom(convert.window_to_pb(window))
     return scope
 
 
+def _sessions(answers: Iterable[pb.QueryTopKResponse]) -> dict[str, Bounds]:
+    """How far the songs' sessions reach; empty for other windows."""
+    return {
+        song_id: Bounds(start, end)
+        for answer in answers
+        if answer.HasField("sessions")
+        for song_id, start, end in zip(answer.song_ids, answer.sessions.starts_ms, answer.sessions.ends_ms, strict=True)
+    }
+
+
 def _standing(
-    place: tuple[str, int], index: int, ranked: Gathered[pb.QueryRanksResponse], neighbours: int
+    place: tuple[str, int], index: int, ranked: Gathered[pb.QueryRanksResponse], neighbours: int, total_plays: int
 ) -> SongStanding:
     """Joins what the shards say about one place."""
     standings = [answer.standings[index] for answer in ranked.answers.values()]
     rank = 1 + sum(standing.above_count for standing in standings)
-    above = _ordered((near.song_id, near.count) for standing in standings for near in standing.above)
-    below = _ordered((near.song_id, near.count) for standing in standings for near in standing.below)
+    near = {one.song_id: one for standing in standings for one in (*standing.above, *standing.below)}
+    above = _ordered((one.song_id, one.count) for standing in standings for one in standing.above)
+    below = _ordered((one.song_id, one.count) for standing in standings for one in standing.below)
     above = above[-neighbours:] if neighbours else []
-    first = rank - len(above)
+
+    def entries(first: int, places: list[tuple[str, int]]) -> tuple[Entry, ...]:
+        return tuple(
+            Entry(rank, song_id, count, count / total_plays, convert.session_from_pb(near[song_id]))
+            for rank, (song_id, count) in enumerate(places, first)
+        )
+
     return SongStanding(
         place[0],
         place[1],
         rank,
-        tuple(Entry(first + step, song_id, count) for step, (song_id, count) in enumerate(above)),
-        tuple(Entry(rank + 1 + step, song_id, count) for step, (song_id, count) in enumerate(below[:neighbours])),
+        entries(rank - len(above), above),
+        entries(rank + 1, below[:neighbours]),
+        place[1] / total_plays if total_plays else 0.0,
     )

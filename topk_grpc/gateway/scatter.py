@@ -7,14 +7,21 @@ shards may both answer for one, or neither, and then all are asked again under a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
 from topk_grpc.config import GatewaySettings
-from topk_grpc.errors import DeadlineError, InvalidArgumentError, ResourceExhaustedError, TopKError, UnavailableError
+from topk_grpc.errors import (
+    DeadlineError,
+    InvalidArgumentError,
+    OutOfRangeError,
+    ResourceExhaustedError,
+    TopKError,
+    UnavailableError,
+)
 from topk_grpc.gateway.routing import RoutingWatch
 from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
@@ -130,6 +137,7 @@ class Scatter:
         again, again_max = _AGAIN_SECONDS
         while True:
             gathered, failures = await self._ask_all(topology, method, request, deadline)
+            _raise_out_of_range(failures.values())
             for failure in failures.values():
                 if isinstance(failure, InvalidArgumentError | ResourceExhaustedError):
                     raise failure
@@ -188,6 +196,15 @@ class Scatter:
                 return True
             seen |= slots
         return False
+
+
+def _raise_out_of_range(failures: Iterable[TopKError]) -> None:
+    """Joins the bounds that the shards name: those of the coarsest grain can be cut by all."""
+    refused = [failure for failure in failures if isinstance(failure, OutOfRangeError)]
+    if refused:
+        start_ms, end_ms = min(one.start_ms for one in refused), max(one.end_ms for one in refused)
+        widest = max(refused, key=lambda one: one.end_ms - one.start_ms)
+        raise OutOfRangeError(str(widest), start_ms, end_ms)
 
 
 def _slots(answer: Covered) -> int:

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from topk_grpc import model
 from topk_grpc.errors import InvalidArgumentError, WindowError
-from topk_grpc.pb.topk.v1 import play_pb2, query_pb2, topk_service_pb2
+from topk_grpc.pb.topk.v1 import play_pb2, query_pb2, shard_service_pb2, topk_service_pb2
 
 _INT64: Final = range(-(1 << 63), 1 << 63)
 
@@ -28,9 +28,14 @@ def window_to_pb(window: model.Window) -> query_pb2.Window:
     match window:
         case model.GlobalWindow():
             return query_pb2.Window(**{"global": query_pb2.GlobalWindow()})  # type: ignore[arg-type]  # a keyword of Python
-        case model.TumblingWindow():
-            tumbling = query_pb2.TumblingWindow(size_ms=window.size_ms, offset_ms=window.offset_ms)
-            return query_pb2.Window(tumbling=tumbling)
+        case model.TumblingWindow(size_ms, offset_ms):
+            return query_pb2.Window(tumbling=query_pb2.TumblingWindow(size_ms=size_ms, offset_ms=offset_ms))
+        case model.SlidingWindow(size_ms, slide_ms):
+            return query_pb2.Window(sliding=query_pb2.SlidingWindow(size_ms=size_ms, slide_ms=slide_ms))
+        case model.SessionWindow(gap_ms):
+            return query_pb2.Window(session=query_pb2.SessionWindow(gap_ms=gap_ms))
+        case model.RangeWindow(start_ms, end_ms):
+            return query_pb2.Window(range=query_pb2.RangeWindow(start_ms=start_ms, end_ms=end_ms))
 
 
 def window_from_pb(message: query_pb2.Window | None) -> model.Window:
@@ -43,11 +48,19 @@ def window_from_pb(message: query_pb2.Window | None) -> model.Window:
     kind = None if message is None else message.WhichOneof("kind")
     if message is None or kind is None:
         raise InvalidArgumentError(
-            "the request names no window that this server knows: set window.global or window.tumbling"
+            "the request names no window that this server knows: set window.global, tumbling, sliding, session or range"
         )
-    if kind == "global":
-        return model.GlobalWindow()
-    return model.TumblingWindow(message.tumbling.size_ms, message.tumbling.offset_ms)
+    match kind:
+        case "global":
+            return model.GlobalWindow()
+        case "tumbling":
+            return model.TumblingWindow(message.tumbling.size_ms, message.tumbling.offset_ms)
+        case "sliding":
+            return model.SlidingWindow(message.sliding.size_ms, message.sliding.slide_ms)
+        case "session":
+            return model.SessionWindow(message.session.gap_ms)
+        case "range":
+            return model.RangeWindow(message.range.start_ms, message.range.end_ms)
 
 
 def as_of_to_pb(as_of: model.AsOf | str) -> query_pb2.AsOf | None:
@@ -159,12 +172,41 @@ def bounds_from_pb(message: query_pb2.WindowBounds | None) -> model.Bounds | Non
 
 def entry_to_pb(entry: model.Entry) -> query_pb2.Entry:
     """Writes a ranked song."""
-    return query_pb2.Entry(rank=entry.rank, song_id=entry.song_id, count=entry.count)
+    return query_pb2.Entry(**_entry_fields(entry))
+
+
+def _entry_fields(entry: model.Entry) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "rank": entry.rank, "song_id": entry.song_id, "count": entry.count, "share": entry.share
+    }  # fmt: skip
+    if entry.session is not None:
+        fields |= {"session_start_ms": entry.session.start_ms, "session_end_ms": entry.session.end_ms}
+    if entry.history is not None:
+        fields["history"] = query_pb2.ChartHistory(
+            previous_rank=entry.history.previous_rank,
+            peak_rank=entry.history.peak_rank,
+            panes_on_chart=entry.history.panes_on_chart,
+        )
+    return fields
 
 
 def entry_from_pb(message: query_pb2.Entry) -> model.Entry:
     """Reads a ranked song."""
-    return model.Entry(message.rank, message.song_id, message.count)
+    history = None
+    if message.HasField("history"):
+        told = message.history
+        previous_rank = told.previous_rank if told.HasField("previous_rank") else None
+        history = model.ChartHistory(previous_rank, told.peak_rank, told.panes_on_chart)
+    return model.Entry(message.rank, message.song_id, message.count, message.share, session_from_pb(message), history)
+
+
+def session_from_pb(
+    message: query_pb2.Entry | topk_service_pb2.SongStanding | shard_service_pb2.Place,
+) -> model.Bounds | None:
+    """Reads how far a session reaches; None where the message says nothing of one."""
+    if not message.HasField("session_start_ms"):
+        return None
+    return model.Bounds(message.session_start_ms, message.session_end_ms)
 
 
 def _entries(messages: Iterable[query_pb2.Entry]) -> tuple[model.Entry, ...]:
@@ -181,6 +223,7 @@ def certificate_to_pb(certificate: model.Certificate) -> query_pb2.Certificate:
         finality=_FINALITY_TO_PB[certificate.finality],
         total_plays=certificate.total_plays,
         distinct_songs=certificate.distinct_songs,
+        other_plays=certificate.other_plays,
     )
 
 
@@ -195,6 +238,7 @@ def certificate_from_pb(message: query_pb2.Certificate) -> model.Certificate:
         finality=model.Finality.FINAL if final else model.Finality.PRELIMINARY,
         total_plays=message.total_plays,
         distinct_songs=message.distinct_songs,
+        other_plays=message.other_plays,
     )
 
 
@@ -205,7 +249,7 @@ def answer_to_pb(answer: model.Answer) -> topk_service_pb2.GetTopKResponse:
     )
     add = message.entries.add  # in place: copying as many messages in takes four times as long
     for entry in answer.entries:
-        add(rank=entry.rank, song_id=entry.song_id, count=entry.count)
+        add(**_entry_fields(entry))
     return message
 
 
@@ -223,13 +267,24 @@ def standing_to_pb(standing: model.SongStanding) -> topk_service_pb2.SongStandin
         rank=standing.rank,
         above=map(entry_to_pb, standing.above),
         below=map(entry_to_pb, standing.below),
+        share=standing.share,
+        session_start_ms=standing.session.start_ms if standing.session else None,
+        session_end_ms=standing.session.end_ms if standing.session else None,
     )
 
 
 def standing_from_pb(message: topk_service_pb2.SongStanding) -> model.SongStanding:
     """Reads where one song stands."""
     rank = message.rank if message.HasField("rank") else None
-    return model.SongStanding(message.song_id, message.count, rank, _entries(message.above), _entries(message.below))
+    return model.SongStanding(
+        message.song_id,
+        message.count,
+        rank,
+        _entries(message.above),
+        _entries(message.below),
+        message.share,
+        session_from_pb(message),
+    )
 
 
 def songs_answer_to_pb(answer: model.SongsAnswer) -> topk_service_pb2.GetSongsResponse:

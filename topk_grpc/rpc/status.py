@@ -50,6 +50,7 @@ TABLE: Final[Mapping[type[BaseException], Row]] = {
     errors.TopKError: Row(Code.INTERNAL, "INTERNAL"),
     errors.InvalidArgumentError: Row(Code.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
     errors.WindowError: Row(Code.INVALID_ARGUMENT, "INVALID_WINDOW"),
+    errors.OutOfRangeError: Row(Code.OUT_OF_RANGE, "OUT_OF_RANGE"),
     errors.SettingError: Row(Code.INVALID_ARGUMENT, "INVALID_SETTING"),
     errors.InputError: Row(Code.INVALID_ARGUMENT, "INVALID_INPUT"),
     errors.DuplicateBatchError: Row(Code.ALREADY_EXISTS, "DUPLICATE_BATCH"),
@@ -177,6 +178,8 @@ def status_of(error: BaseException, error_id: str = "") -> RpcStatus:
             metadata = {}
             if isinstance(known, errors.CorruptError):
                 metadata = {"path": known.path} | ({} if known.offset is None else {"offset": str(known.offset)})
+            if isinstance(known, errors.OutOfRangeError):
+                metadata = {"start_ms": str(known.start_ms), "end_ms": str(known.end_ms)}
             return RpcStatus(row.code, row.reason, str(known) or type(known).__name__, row.retry_after_ms, metadata)
     row = TABLE[errors.TopKError]
     if isinstance(error, errors.TopKError):
@@ -240,6 +243,9 @@ def from_rpc_error(error: grpc.RpcError) -> errors.TopKError:
     if info is not None and error_class is errors.CorruptError:
         offset = info.metadata.get("offset", "")
         return errors.CorruptError(message, info.metadata.get("path", ""), int(offset) if offset.isdigit() else None)
+    if info is not None and error_class is errors.OutOfRangeError:
+        start, end = info.metadata.get("start_ms", "0"), info.metadata.get("end_ms", "0")
+        return errors.OutOfRangeError(message, int(start), int(end))
     if error_class is None:
         error_class = _FOREIGN.get(code, errors.TopKError)
         message = message if code.name in message else f"{message} ({code.name})"

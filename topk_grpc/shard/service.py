@@ -12,6 +12,7 @@ import grpc
 from topk_grpc.engine import query
 from topk_grpc.engine.query import Scope, Totals
 from topk_grpc.errors import InvalidArgumentError, NotReadyError, WrongServerError
+from topk_grpc.model import Bounds
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
 from topk_grpc.rpc import convert
@@ -89,7 +90,10 @@ class ShardService(_Base):  # type: ignore[misc]
         def answer(core: ShardCore) -> pb.QueryTopKResponse:
             ranked, totals = query.top_k(core.state, scope, request.k)
             return pb.QueryTopKResponse(
-                coverage=_coverage(core, totals), song_ids=ranked.song_ids, counts=ranked.counts
+                coverage=_coverage(core, totals),
+                song_ids=ranked.song_ids,
+                counts=ranked.counts,
+                sessions=_spans(ranked.sessions),
             )
 
         def answer_if_short(core: ShardCore) -> pb.QueryTopKResponse | None:
@@ -105,8 +109,10 @@ class ShardService(_Base):  # type: ignore[misc]
         song_ids = tuple(request.song_ids)
 
         def answer(core: ShardCore) -> pb.QueryCountsResponse:
-            counts, totals = query.counts_of(core.state, scope, song_ids)
-            return pb.QueryCountsResponse(coverage=_coverage(core, totals), counts=counts)
+            found, totals = query.counts_of(core.state, scope, song_ids)
+            return pb.QueryCountsResponse(
+                coverage=_coverage(core, totals), counts=found.counts, sessions=_spans(found.sessions)
+            )
 
         if scope.bounds is None:
             return await self._owner.read(answer)
@@ -165,7 +171,14 @@ def _scope(message: pb.Scope) -> Scope:
     bounds = convert.bounds_from_pb(message.bounds) if message.HasField("bounds") else None
     if bounds is not None and bounds.end_ms < bounds.start_ms:
         raise InvalidArgumentError(f"the window ends at {bounds.end_ms} ms, before it starts at {bounds.start_ms} ms")
-    return Scope(message.chart, bounds)
+    standing = convert.window_from_pb(message.standing) if message.HasField("standing") else None
+    return Scope(message.chart, bounds, message.session_gap_ms, standing)
+
+
+def _spans(sessions: Sequence[Bounds] | None) -> pb.SessionSpans | None:
+    if sessions is None:
+        return None
+    return pb.SessionSpans(starts_ms=[one.start_ms for one in sessions], ends_ms=[one.end_ms for one in sessions])
 
 
 def _coverage(core: ShardCore, totals: Totals) -> pb.Coverage:
@@ -180,6 +193,9 @@ def _coverage(core: ShardCore, totals: Totals) -> pb.Coverage:
 
 
 def _places(ranked: query.Ranked) -> Sequence[pb.Place]:
-    return [
+    places = [
         pb.Place(song_id=song_id, count=count) for song_id, count in zip(ranked.song_ids, ranked.counts, strict=True)
     ]
+    for place, session in zip(places, ranked.sessions or (), strict=False):
+        place.session_start_ms, place.session_end_ms = session.start_ms, session.end_ms
+    return places
