@@ -75,7 +75,10 @@ BAD = {
     "chart too long": (f"X,{T},{'c' * 65},1", "c", "64 is the most"),
     "count missing": (f"X,{T},,", "n", "missing"),
     "count zero": (f"X,{T},,0", "n", "1 to"),
-    "count negative": (f"X,{T},,-2", "n", "whole number"),
+    "count negative fraction": (f"X,{T},,-1.5", "n", "whole number"),
+    "count negative zero": (f"X,{T},,-0", "n", "1 to"),
+    "count two signs": (f"X,{T},,+-2", "n", "whole number"),
+    "count too low": (f"X,{T},,{-(1 << 55) - 1}", "n", "below 0"),
     "count fraction": (f"X,{T},,1.5", "n", "whole number"),
     "count hexadecimal": (f"X,{T},,0x10", "n", "whole number"),
     "count too large": (f"X,{T},,{1 << 56}", "n", "1 to"),
@@ -142,7 +145,8 @@ NAME = st.text(string.ascii_letters + "é日 -'", max_size=6)
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(
-        st.tuples(NAME, NAME, st.sampled_from([T, "", "x"]), st.sampled_from(["1", "7", "", "0", "3.0"])), max_size=30
+        st.tuples(NAME, NAME, st.sampled_from([T, "", "x"]), st.sampled_from(["1", "7", "", "0", "3.0", "-2"])),
+        max_size=30,
     )
 )
 def test_good_rows_pass_as_they_are(
@@ -150,7 +154,7 @@ def test_good_rows_pass_as_they_are(
 ) -> None:
     lines = ["a,c,t,n", *(",".join(f'"{cell}"' for cell in row) for row in rows)]
     plays, problems = plays_of(tmp_path_factory.mktemp("m"), "\n".join(lines), MAPPING)
-    good = [song != "" and when == T and count in {"1", "7", "3.0"} for song, _, when, count in rows]
+    good = [song != "" and when == T and count in {"1", "7", "3.0", "-2"} for song, _, when, count in rows]
     expected = [
         (song, T_MS, int(float(count)), chart) for (song, chart, _, count), fine in zip(rows, good, strict=True) if fine
     ]

@@ -56,7 +56,7 @@ def check(
     kernels: Kernels, plays: list[Play], owners: list[int], shards: int, resolution: int, hashes: Any = None
 ) -> list[Any]:
     parts, stands_for, slots, sent = split(kernels, plays, owners, shards, resolution, hashes)
-    valid = [play.song != "" and play.plays > 0 and owners[slot] >= 0 for play, slot in zip(plays, slots, strict=True)]
+    valid = [play.song != "" and play.plays != 0 and owners[slot] >= 0 for play, slot in zip(plays, slots, strict=True)]
     assert [one >= 0 for one in stands_for] == valid
     assert sent == sum(valid)
 
@@ -72,6 +72,7 @@ def check(
     expected: list[list[tuple[Any, ...]]] = [[] for _ in range(shards)]
     for first, combined in members.items():
         assert first == combined[0]
+        assert len(combined) == 1 or all(plays[i].plays > 0 for i in combined), "a correction travels alone"
         song, charts, _ = key(first)
         total = sum(plays[i].plays for i in combined)
         assert total <= COUNT_MAX
@@ -88,7 +89,7 @@ def check(
     sums: dict[Any, int] = defaultdict(int)
     pieces: dict[Any, int] = defaultdict(int)
     for i, is_valid in enumerate(valid):
-        if is_valid:
+        if is_valid and plays[i].plays > 0:
             sums[key(i)] += plays[i].plays
             pieces[key(i)] += stands_for[i] == i
     for one, total in sums.items():
@@ -102,7 +103,9 @@ times = st.one_of(
     st.integers(1, 3000),
     st.sampled_from([-TIME_MAX, 1 - TIME_MAX, TIME_MAX, TIME_MAX - 1]),
 )
-counts = st.one_of(st.just(1), st.integers(1, 9), st.sampled_from([0, -1, COUNT_MAX, COUNT_MAX - 1, COUNT_MAX // 2]))
+counts = st.one_of(
+    st.just(1), st.integers(1, 9), st.sampled_from([0, -1, -3, -COUNT_MAX, COUNT_MAX, COUNT_MAX - 1, COUNT_MAX // 2])
+)
 charts = st.lists(st.sampled_from(["de", "fr", "d", "e"]), max_size=3).map(tuple)
 play_lists = st.lists(
     st.builds(Play, st.sampled_from(["a", "b", "ab", "é", "", "song"]), times, counts, charts), max_size=40
@@ -135,6 +138,14 @@ def test_equal_plays_travel_as_one(kernels: Kernels) -> None:
         ("a", TIME + 1000, 0, 4),
     ]
     assert [one.HasField("count") for one in part] == [False, True, False]  # absent means 1
+
+
+def test_a_correction_is_combined_with_nothing(kernels: Kernels) -> None:
+    plays = [Play("a", TIME, count) for count in (-2, 3, -2, 4, -(1 << 40), -COUNT_MAX)]
+    (part,), stands_for, _, sent = split(kernels, plays, [0], 1, 1000)
+    assert stands_for == [0, 1, 2, 1, 4, 5]
+    assert sent == 6
+    assert [(one.count, one.index) for one in part] == [(-2, 0), (7, 1), (-2, 2), (-(1 << 40), 4), (-COUNT_MAX, 5)]
 
 
 def test_buckets_before_1970_round_down(kernels: Kernels) -> None:

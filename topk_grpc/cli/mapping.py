@@ -1,8 +1,8 @@
 """Which columns of a file make a play, and the check of each row against what a cluster takes.
  A row is bad when the cluster would refuse it whatever its settings, or when nobody can tell what it means: a missing
 or malformed time, a time in 1970 (seconds read as milliseconds) or more than a year ahead, an empty song, a song of
-more than 128 bytes, a chart of more than 64, what is no UTF-8, a count that is no whole number from 1. Everything
-else is the cluster's to judge. Names are taken as they are: no trimming, no case, no normalising.
+more than 128 bytes, a chart of more than 64, what is no UTF-8, a count that is 0 or no whole number. Everything else is
+the cluster's to judge. Names are taken as they are: no trimming, no case, no normalising.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _read_counts(column: pyarrow.Array) -> tuple[npt.NDArray[np.int64], dict[int
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     counts = _counts_at_once(column)
-    if counts is not None and bool(np.all((counts >= 1) & (counts <= COUNT_MAX))):
+    if counts is not None and bool(np.all((counts != 0) & (counts >= -COUNT_MAX) & (counts <= COUNT_MAX))):
         return counts, {}
     bad: dict[int, str] = {}
     out = np.ones(len(column), np.int64)
@@ -253,10 +253,10 @@ def _read_count(cell: Any) -> int:
     if not text:
         raise ValueError("the count is missing")
     whole, point, rest = text.partition(".")
-    digits = whole.removeprefix("+")
+    digits = whole[1:] if whole.startswith(("+", "-")) else whole
     if not (digits.isascii() and digits.isdigit()) or (point and rest.strip("0")):
-        raise ValueError("the count is no whole number from 1")
+        raise ValueError("the count is no whole number")
     count = int(digits) if len(digits) < 20 else COUNT_MAX + 1
     if not 1 <= count <= COUNT_MAX:
-        raise ValueError(f"the count has to lie in 1 to {COUNT_MAX:,}")
-    return count
+        raise ValueError(f"the count has to lie in 1 to {COUNT_MAX:,}, or below 0 as far to take plays back")
+    return -count if whole.startswith("-") else count

@@ -145,7 +145,8 @@ class TopKClient:
         Args:
             song_id: what was played, 1 to 128 bytes of UTF-8.
             played_at: when: epoch milliseconds or a datetime (naive: UTC). None: now.
-            count: how many plays it stands for.
+            count: how many plays it stands for. Below 0 it is a correction: it takes so many plays back from the time
+                bucket of `played_at` and the charts named, or is rejected.
             charts: the leaderboards besides the global one that it counts in, at most 8.
 
         Raises:
@@ -173,7 +174,7 @@ class TopKClient:
             song_data: the song_ids' UTF-8 one after the other.
             song_offsets: int64, one more than rows: where each begins, and where the last ends.
             played_at_ms: int64, epoch milliseconds.
-            counts: int64; None: 1 each.
+            counts: int64, as in `record`; None: 1 each.
             chart_data: one chart a play, as song_data; an empty text is no chart. None: no charts at all.
             chart_offsets: as song_offsets.
 

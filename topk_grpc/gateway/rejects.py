@@ -13,6 +13,7 @@ SHARD_REASONS: Final[Mapping[int, str]] = {
     pb.REJECT_REASON_CHART_LIMIT: "CHART_LIMIT",
     pb.REJECT_REASON_MEMORY_LIMIT: "MEMORY_LIMIT",
     pb.REJECT_REASON_TOTAL_OVERFLOW: "TOTAL_OVERFLOW",
+    pb.REJECT_REASON_NEGATIVE_BUCKET: "NEGATIVE_BUCKET",
 }
 
 
@@ -27,12 +28,13 @@ def reject_messages(settings: GatewaySettings) -> Mapping[str, str]:
         "SECONDS_NOT_MILLISECONDS": "played_at_ms lies in early 1970, but is recent in seconds: multiply it by 1,000",
         "IN_FUTURE": "played_at_ms is too far ahead of the shard's clock: check the sender's clock and unit",
         "ZERO_COUNT": "count is 0: leave it out for 1, or leave the play out",
-        "NEGATIVE_COUNT": "count is negative: plays cannot be taken back",
-        "COUNT_TOO_LARGE": "count is larger than 2^55: no sum of such counts would be exact",
+        "COUNT_TOO_LARGE": "count is beyond 2^55 or -2^55: no sum of such counts would be exact",
         "TOO_MANY_CHARTS": f"more than {settings.charts_per_play_max} charts: name fewer",
         "EMPTY_CHART": "a chart's name is empty: the global chart need not be named",
         "CHART_TOO_LONG": f"a chart's name is longer than {settings.chart_bytes_max} bytes of UTF-8: shorten it",
         "CHART_LIMIT": "there are as many charts as there may be (--charts-max): ids of users or songs make no charts",
         "MEMORY_LIMIT": "the shard's memory is used up and the song is new: add shards or raise --memory-bytes-max",
         "TOTAL_OVERFLOW": "the shard's total would leave the range that sums exactly (2^55): the counts must be wrong",
+        "NEGATIVE_BUCKET": "count would take back more plays than the song has in the play's time bucket, in the global"
+        " chart or one that it names: nothing was taken back; give the time, charts and count that were recorded",
     }

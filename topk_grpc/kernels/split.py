@@ -3,6 +3,8 @@
 Plays are equal when song, time bucket and charts are. They travel as one, with the sum of their counts, the newest of
 their times and the index of the first: so a hot song's load on its shard grows with batches, not with plays. Which play
 stands for which is kept, so that a shard's reject reaches all the plays it is about.
+
+Corrections (a count below 0) travel one by one: a shard takes each back whole or rejects it, after the plays.
 """
 
 from __future__ import annotations
@@ -219,6 +221,9 @@ def combine(
                 continue
             targets[i] = shard
             sent += 1
+            if counts[i] < 0:
+                stands_for[i] = cython.cast(cython.int, i)
+                continue
             # Plays of a batch mostly share a few buckets: spare the division.
             if bucket_start <= times[i] < bucket_start + resolution:
                 bucket = last_bucket

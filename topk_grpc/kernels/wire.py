@@ -37,7 +37,6 @@ REASONS = (
     "MISSING_TIME",
     "SECONDS_NOT_MILLISECONDS",
     "ZERO_COUNT",
-    "NEGATIVE_COUNT",
     "COUNT_TOO_LARGE",
     "TOO_MANY_CHARTS",
     "EMPTY_CHART",
@@ -55,12 +54,11 @@ _INVALID_UTF8 = cython.declare(cython.uchar, 3)
 _MISSING_TIME = cython.declare(cython.uchar, 4)
 _SECONDS = cython.declare(cython.uchar, 5)
 _ZERO_COUNT = cython.declare(cython.uchar, 6)
-_NEGATIVE_COUNT = cython.declare(cython.uchar, 7)
-_COUNT_TOO_LARGE = cython.declare(cython.uchar, 8)
-_TOO_MANY_CHARTS = cython.declare(cython.uchar, 9)
-_EMPTY_CHART = cython.declare(cython.uchar, 10)
-_CHART_TOO_LONG = cython.declare(cython.uchar, 11)
-_TIME_OUT_OF_RANGE = cython.declare(cython.uchar, 12)
+_COUNT_TOO_LARGE = cython.declare(cython.uchar, 7)
+_TOO_MANY_CHARTS = cython.declare(cython.uchar, 8)
+_EMPTY_CHART = cython.declare(cython.uchar, 9)
+_CHART_TOO_LONG = cython.declare(cython.uchar, 10)
+_TIME_OUT_OF_RANGE = cython.declare(cython.uchar, 11)
 
 
 @dataclass(slots=True)
@@ -72,7 +70,7 @@ class PlayColumns:
         producer_start, producer_size: where the producer_id lies.
         sequence, first_sent_ms: the batch's own.
         song_starts, song_sizes: where each song_id lies, int64[n], int32[n].
-        times_ms, counts: int64[n].
+        times_ms, counts: int64[n]; a count below 0 is a correction, which takes plays back.
         indexes: the field `index` of a ShardPlay, uint32[n]; 0 in a client's batch.
         chart_bounds: play i names charts chart_bounds[i] to chart_bounds[i + 1], int32[n + 1]; each name once.
         chart_starts, chart_sizes: where each chart name lies, int64, int32.
@@ -374,9 +372,7 @@ def _read_play(  # noqa: PLR0914
         reason = _SECONDS
     elif count == 0:
         reason = _ZERO_COUNT
-    elif count < 0:
-        reason = _NEGATIVE_COUNT
-    elif count > _COUNT_MAX:
+    elif count > _COUNT_MAX or count < -_COUNT_MAX:
         reason = _COUNT_TOO_LARGE
     else:
         reason = chart_reason
