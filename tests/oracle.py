@@ -1,16 +1,29 @@
 """The naive truth: a list of plays and a few lines for each question. Slow, and short enough to be seen to be right.
 
-`Tally` answers queries. `ShardModel` decides about parts of batches as a shard has to, play by play, with plain sets.
+`bounds_of` says what a window counts, by walking its grid. `Tally` answers queries, and `Tiers` says which of them a
+cluster has to be able to answer. `ShardModel` decides about parts of batches as a shard has to, play by play, with
+plain sets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import xxhash
 
-from topk_grpc.model import Bounds, Play
+from topk_grpc.model import (
+    Bounds,
+    GlobalWindow,
+    Play,
+    RangeWindow,
+    SessionWindow,
+    SlidingWindow,
+    TumblingWindow,
+    Window,
+)
 
 COUNT_MAX = 1 << 55
 
@@ -29,31 +42,130 @@ def tumbling(size_ms: int, offset_ms: int, at_ms: int) -> Bounds:
     return Bounds(start, start + size_ms)
 
 
+def bounds_of(window: Window, at_ms: int, resolution_ms: int) -> Bounds | None:
+    """What a window counts at an instant: its edge is walked to, bucket by bucket."""
+    bucket = next(at for at in itertools.count(at_ms, -1) if at % resolution_ms == 0)
+
+    def last_on_grid(step_ms: int, offset_ms: int = 0) -> int:
+        return next(at for at in itertools.count(bucket, -resolution_ms) if (at - offset_ms) % step_ms == 0)
+
+    match window:
+        case GlobalWindow():
+            return None
+        case TumblingWindow(size, offset):
+            start = last_on_grid(size, offset)
+            return Bounds(start, start + size)
+        case SlidingWindow(size, 0):
+            return Bounds(bucket + resolution_ms - size, bucket + resolution_ms)
+        case SlidingWindow(size, slide):
+            end = last_on_grid(slide)
+            return Bounds(end - size, end)
+        case SessionWindow(gap):  # where the last play of an open session lies
+            return Bounds(bucket - gap, bucket + resolution_ms)
+        case RangeWindow(start, end):
+            return Bounds(start, end)
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """How finely time is kept: each width for its age, behind the newest play; the last one, of age None, for good."""
+
+    steps: tuple[tuple[int, int | None], ...]
+    slack_ms: int = 600_000
+
+    def width_at(self, at_ms: int, newest_ms: int) -> int:
+        """How wide the bucket is that a play of that time is kept in."""
+        for (width, age), (coarser, _) in itertools.pairwise(self.steps):
+            assert age is not None and coarser % width == 0
+            border = newest_ms - age - self.slack_ms
+            if at_ms >= border - border % coarser:  # rolled up whole coarser buckets at a time
+                return width
+        return self.steps[-1][0]
+
+    def cuts_at(self, at_ms: int, newest_ms: int) -> bool:
+        """Whether plays before and after that time are told apart."""
+        return at_ms % self.width_at(at_ms, newest_ms) == 0
+
+    def around(self, bounds: Bounds, newest_ms: int, oldest_ms: int) -> Bounds:
+        """The least span around that one that is cut exactly; no cut is needed before the oldest play."""
+        finest = self.steps[0][0]
+        start = next(
+            at for at in itertools.count(bounds.start_ms, -finest) if at <= oldest_ms or self.cuts_at(at, newest_ms)
+        )
+        end = next(
+            at for at in itertools.count(bounds.end_ms, finest) if at <= oldest_ms or self.cuts_at(at, newest_ms)
+        )
+        return Bounds(start, end)
+
+
 @dataclass
 class Tally:
-    """All plays that count."""
+    """All plays that count, corrections among them."""
 
     plays: list[Play] = field(default_factory=list)
+    resolution_ms: int = 1000
+
+    def _named(self, chart: str) -> Iterator[Play]:
+        return (play for play in self.plays if not chart or chart in play.charts)
 
     def counts(self, chart: str = "", bounds: Bounds | None = None) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for play in self.plays:
-            inside = bounds is None or bounds.start_ms <= play.played_at_ms < bounds.end_ms
-            if inside and (not chart or chart in play.charts):
-                counts[play.song_id] = counts.get(play.song_id, 0) + play.count
-        return counts
+        counts: Counter[str] = Counter()
+        for play in self._named(chart):
+            if bounds is None or bounds.start_ms <= play.played_at_ms < bounds.end_ms:
+                counts[play.song_id] += play.count
+        return {song_id: count for song_id, count in counts.items() if count}
 
     def ranked(self, chart: str = "", bounds: Bounds | None = None) -> Ranked:
         """By count, then by the bytes of the song's id."""
-        return sorted(self.counts(chart, bounds).items(), key=lambda place: (-place[1], place[0].encode()))
+        return by_count(self.counts(chart, bounds))
+
+    def sessions(self, gap_ms: int, at_ms: int, chart: str = "") -> dict[str, tuple[int, Bounds]]:
+        """Each song's last session at an instant, where it is still open: its plays, and how far it reaches."""
+        now = at_ms - at_ms % self.resolution_ms
+        found = {}
+        for song_id, sums in self._buckets(chart).items():
+            session: list[int] = []
+            for bucket in sorted((bucket for bucket in sums if bucket <= now and sums[bucket] > 0), reverse=True):
+                if (session[-1] if session else now) - bucket > gap_ms:
+                    break
+                session.append(bucket)
+            if session:
+                count = sum(sums[bucket] for bucket in session)
+                found[song_id] = count, Bounds(session[-1], session[0] + self.resolution_ms)
+        return found
+
+    def _buckets(self, chart: str) -> dict[str, Counter[int]]:
+        """Each song's plays by the time bucket."""
+        found: dict[str, Counter[int]] = {}
+        for play in self._named(chart):
+            bucket = play.played_at_ms - play.played_at_ms % self.resolution_ms
+            found.setdefault(play.song_id, Counter())[bucket] += play.count
+        return found
+
+    def kept(self, chart: str, song_id: str, at_ms: int, tiers: Tiers) -> int:
+        """The plays of a song in the bucket that a play of that time is kept in: what a correction can take back."""
+        width = tiers.width_at(at_ms, self.newest_ms())
+        start = at_ms - at_ms % width
+        return self.counts(chart, Bounds(start, start + width)).get(song_id, 0)
 
     def charts(self) -> dict[str, tuple[int, int]]:
-        """Plays and songs of each chart."""
+        """Plays and songs of each chart that has any."""
         names = {chart for play in self.plays for chart in play.charts}
-        return {name: (sum(self.counts(name).values()), len(self.counts(name))) for name in names}
+        held = {name: self.counts(name) for name in names}
+        return {name: (sum(counts.values()), len(counts)) for name, counts in held.items() if counts}
 
     def newest_ms(self) -> int:
         return max((play.played_at_ms for play in self.plays), default=0)
+
+    def oldest_ms(self, tiers: Tiers) -> int:
+        """Where the bucket of the oldest play begins; far ahead without any."""
+        oldest = min((play.played_at_ms for play in self.plays), default=1 << 60)
+        return oldest - oldest % tiers.width_at(oldest, self.newest_ms())
+
+
+def by_count(counts: Mapping[str, int]) -> Ranked:
+    """By count, then by the bytes of the song's id."""
+    return sorted(counts.items(), key=lambda place: (-place[1], place[0].encode()))
 
 
 def combined(plays: Iterable[tuple[int, Play]], resolution_ms: int) -> list[tuple[int, Play]]:
@@ -112,8 +224,14 @@ class ShardModel:
     future_ms: int = 300_000
     ttl_ms: int = 30 * 86_400_000
     charts_max: int = 10_000
-    tally: Tally = field(default_factory=Tally)
+    steps: tuple[tuple[int, int | None], ...] = ()
+    tally: Tally = field(init=False)
     producers: dict[str, ModelProducer] = field(default_factory=dict)
+    charts_named: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.tally = Tally(resolution_ms=self.resolution_ms)
+        self.tiers = Tiers(self.steps or ((self.resolution_ms, None),))
 
     def submit(self, part: ModelPart, now_ms: int) -> ModelOutcome:
         outcome = ModelOutcome()
@@ -152,21 +270,29 @@ class ShardModel:
         rejects: dict[int, str] = {}
         total = sum(play.count for play in self.tally.plays)
         left: list[tuple[int, Play]] = []
-        for index, play in plays:
+        for index, play in sorted(plays, key=lambda one: one[1].count < 0):  # corrections after all others
             bucket_start = play.played_at_ms // self.resolution_ms * self.resolution_ms
             if bucket_start > now_ms + self.future_ms:
                 rejects[index] = "IN_FUTURE"
-            elif total + play.count > COUNT_MAX:
+            elif play.count > 0 and total + play.count > COUNT_MAX:
                 rejects[index] = "TOTAL_OVERFLOW"
             else:
-                total += play.count
+                total += max(play.count, 0)
                 left.append((index, play))
         for index, play in left:
-            names = set(self.tally.charts()) | set(play.charts)
-            if len(names) > max(self.charts_max, len(self.tally.charts())):
+            names = self.charts_named | set(play.charts)
+            if play.count < 0:
+                kept = [
+                    self.tally.kept(chart, play.song_id, play.played_at_ms, self.tiers) for chart in ("", *play.charts)
+                ]
+                if min(kept) + play.count < 0:
+                    rejects[index] = "NEGATIVE_BUCKET"
+                    continue
+            if len(names) > max(self.charts_max, len(self.charts_named)):
                 rejects[index] = "CHART_LIMIT"
-            else:
-                self.tally.plays.append(play)
+                continue
+            self.charts_named = names
+            self.tally.plays.append(play)
         return rejects
 
     def expire(self, before_ms: int) -> int:
