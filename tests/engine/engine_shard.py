@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tests.oracle import ModelOutcome, ModelPart, ShardModel, Tally
+from tests.oracle import ModelOutcome, ModelPart, Ranked, ShardModel, Tally
 from topk_grpc.engine import query
 from topk_grpc.engine.admission import Limits, admit
 from topk_grpc.engine.apply import apply, replay
@@ -26,6 +26,7 @@ REASONS = {
     pb.REJECT_REASON_CHART_LIMIT: "CHART_LIMIT",
     pb.REJECT_REASON_MEMORY_LIMIT: "MEMORY_LIMIT",
     pb.REJECT_REASON_TOTAL_OVERFLOW: "TOTAL_OVERFLOW",
+    pb.REJECT_REASON_NEGATIVE_BUCKET: "NEGATIVE_BUCKET",
 }
 
 
@@ -140,18 +141,38 @@ def check_answers(state: ShardState, tally: Tally, panes: Iterable[Bounds], extr
 
 def check_scope(state: ShardState, tally: Tally, scope: Scope, extra_ks: Iterable[int] = ()) -> None:
     ranked = tally.ranked(scope.chart, scope.bounds)
+    asked = [*sorted({play.song_id for play in tally.plays}), "unheard of", ""]
+    check_ranked(state, scope, ranked, {}, asked, {1, len(ranked), 10_000, *extra_ks} - {0})
+
+
+def check_ranked(
+    state: ShardState,
+    scope: Scope,
+    ranked: Ranked,
+    sessions: Mapping[str, Bounds],
+    asked: Sequence[str],
+    ks: Iterable[int],
+) -> None:
+    """Everything that can be asked about a scope: `ranked` are all its songs, `sessions` how far theirs reach."""
+
+    def check(said: query.Ranked, expected: Ranked) -> None:
+        assert list(zip(said.song_ids, said.counts, strict=True)) == expected
+        if scope.gap_ms:
+            assert said.sessions is not None
+            spans = zip(said.song_ids, said.sessions, said.counts, strict=True)
+            assert all(span == sessions[song_id] for song_id, span, count in spans if count)
+
     totals = (sum(count for _, count in ranked), len(ranked))
-    for k in {1, len(ranked), 10_000, *extra_ks} - {0}:
+    for k in ks:
         best, said = query.top_k(state, scope, k)
-        assert list(zip(best.song_ids, best.counts, strict=True)) == ranked[:k]
+        check(best, ranked[:k])
         assert (said.plays, said.songs) == totals
     said = query.totals(state, scope)
     assert (said.plays, said.songs) == totals
 
     counts = dict(ranked)
-    asked = [*sorted({play.song_id for play in tally.plays}), "unheard of", ""]
     answered, said = query.counts_of(state, scope, asked)
-    assert answered.counts == [counts.get(song_id, 0) for song_id in asked]
+    check(answered, [(song_id, counts.get(song_id, 0)) for song_id in asked])
     assert (said.plays, said.songs) == totals
 
     # Places of this shard's songs, and of other shards' songs between, before and behind them.
@@ -164,9 +185,11 @@ def check_scope(state: ShardState, tally: Tally, scope: Scope, extra_ks: Iterabl
             above = [one for one in ranked if (-one[1], one[0].encode()) < key]
             below = [one for one in ranked if (-one[1], one[0].encode()) > key]
             assert standing.above_count == len(above)
-            near = above[-neighbours:] if neighbours else []
-            assert list(zip(standing.above.song_ids, standing.above.counts, strict=True)) == near
-            assert list(zip(standing.below.song_ids, standing.below.counts, strict=True)) == below[:neighbours]
+            if neighbours:
+                check(standing.above, above[-neighbours:])
+                check(standing.below, below[:neighbours])
+            else:
+                assert not standing.above.song_ids + standing.below.song_ids
 
 
 def check_outcomes(model: ShardModel, parts: Sequence[ModelPart], said: Sequence[ModelOutcome], now_ms: int) -> None:
