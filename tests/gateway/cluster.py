@@ -189,7 +189,9 @@ class Gateway:
         scatter = Scatter(settings, self.watch, self.shard_queries)
         self.recorder = Recorder(settings, self.watch, self.links)
         self.queries = Queries(settings, topology.settings.resolution_ms, scatter, lambda: NOW)
-        service = TopKService(settings, self.watch, self.recorder, self.queries, self.shard_queries, self.drain)
+        service = self.service = TopKService(
+            settings, self.watch, self.recorder, self.queries, self.shard_queries, self.drain
+        )
         self.server = create_server(settings.message_bytes_max)
         pb_grpc.add_TopKServiceServicer_to_server(service, self.server)
         add_raw_handlers(
@@ -208,6 +210,7 @@ class Gateway:
         self.drain.set()
         await self.channel.close()
         await self.server.stop(None)
+        await self.service.close()
         await self.watch.close()
         await asyncio.gather(*(link.close() for link in self.links.values()), self.shard_queries.close())
 

@@ -115,7 +115,21 @@ class Queries:
         if not 1 <= k <= self._settings.k_max:
             raise InvalidArgumentError(f"k is {k}: ask for 1 to {self._settings.k_max} entries")
         bounds = await self._bounds(window, as_of, allow_partial=allow_partial)
-        request = pb.QueryTopKRequest(scope=_scope(window, chart, bounds, live=as_of is None), k=k)
+        scope = _scope(window, chart, bounds, live=as_of is None)
+        return await self._best(scope, k, bounds, allow_partial=allow_partial)
+
+    async def top_k_between(self, bounds: Bounds, k: int, chart: str, *, allow_partial: bool) -> Answer:
+        """The k best of a span of history; `k` is the caller's to check.
+
+        Raises:
+            OutOfRangeError: no tier cuts the span exactly.
+            UnavailableError: a shard does not answer, and `allow_partial` is not set.
+        """
+        scope = _scope(RangeWindow(bounds.start_ms, bounds.end_ms), chart, bounds, live=False)
+        return await self._best(scope, k, bounds, allow_partial=allow_partial)
+
+    async def _best(self, scope: pb.Scope, k: int, bounds: Bounds | None, *, allow_partial: bool) -> Answer:
+        request = pb.QueryTopKRequest(scope=scope, k=k)
         gathered: Gathered[pb.QueryTopKResponse] = await self._scatter.gather(
             "QueryTopK", request, allow_partial=allow_partial
         )

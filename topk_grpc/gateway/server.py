@@ -17,7 +17,15 @@ from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
 from topk_grpc.rpc import log, process
 from topk_grpc.rpc.lifecycle import StopRequest, serve_until_stopped
-from topk_grpc.rpc.server import Health, add_raw_handlers, add_reflection, bind, create_server, start_health_server
+from topk_grpc.rpc.server import (
+    CONCURRENT_CALLS_MAX,
+    Health,
+    add_raw_handlers,
+    add_reflection,
+    bind,
+    create_server,
+    start_health_server,
+)
 from topk_grpc.topology.store import TopologyStore, open_store
 
 SERVICE = "topk.v1.TopKService"
@@ -54,7 +62,8 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
             f"the cluster's partitioner is {topology.settings.partitioner!r}: this release knows"
             f" {', '.join(_PARTITIONERS)}"
         )
-    server = create_server(settings.message_bytes_max)
+    # Watches are many and idle: they have a bound of their own, and must not keep plays and queries out.
+    server = create_server(settings.message_bytes_max, concurrent_calls_max=CONCURRENT_CALLS_MAX + settings.watches_max)
     health = Health()
     await health.register(server)
     servers = [server]
@@ -94,6 +103,7 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
         await health.set(ready=True)
         log.event("ready", address=address, cluster=topology.cluster_id, epoch=topology.epoch)
         await serve_until_stopped(servers, health, stop, settings.drain_seconds)
+        await service.close()
     finally:
         await watch.close()
         await asyncio.gather(*(link.close() for link in links.values()), shard_queries.close())

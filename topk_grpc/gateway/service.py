@@ -13,10 +13,12 @@ import grpc
 from topk_grpc._version import VERSION
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import TopKError
+from topk_grpc.gateway.history import check_history, with_history
 from topk_grpc.gateway.queries import Queries
 from topk_grpc.gateway.recorder import Recorder
 from topk_grpc.gateway.routing import RoutingWatch
 from topk_grpc.gateway.scatter import ShardQueries
+from topk_grpc.gateway.watch import WatchHub, watch_query_from_pb
 from topk_grpc.model import ShardInfo
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
@@ -57,6 +59,11 @@ class TopKService(_Base):  # type: ignore[misc]
         self._queries = queries
         self._shard_queries = shard_queries
         self._drain = drain
+        self._hub = WatchHub(settings, queries, drain)
+
+    async def close(self) -> None:
+        """Ends what runs beside the calls; they have to have ended."""
+        await self._hub.close()
 
     # --- Recording ----------------------------------------------------------------------------------------------------
 
@@ -107,10 +114,27 @@ class TopKService(_Base):  # type: ignore[misc]
     async def GetTopK(self, request: pb.GetTopKRequest, context: Context) -> pb.GetTopKResponse:  # noqa: N802
         """The k best of a window."""
         window = convert.window_from_pb(request.window if request.HasField("window") else None)
-        answer = await self._queries.top_k(
-            window, request.k, request.chart, convert.as_of_from_pb(request), allow_partial=request.allow_partial
-        )
+        as_of = convert.as_of_from_pb(request)
+        check_history(window, request.history_panes)
+        answer = await self._queries.top_k(window, request.k, request.chart, as_of, allow_partial=request.allow_partial)
+        if request.history_panes:
+            answer = await with_history(
+                self._queries,
+                answer,
+                request.k,
+                request.chart,
+                request.history_panes,
+                allow_partial=request.allow_partial,
+            )
         return convert.answer_to_pb(answer)
+
+    async def WatchTopK(  # noqa: N802
+        self, request: pb.WatchTopKRequest, context: Context
+    ) -> AsyncIterator[pb.WatchTopKResponse]:
+        """The k best of a window, now and whenever they change."""
+        async with aclosing(self._hub.follow(watch_query_from_pb(request), request.resume_token)) as steps:
+            async for step in steps:
+                yield step
 
     async def GetSongs(self, request: pb.GetSongsRequest, context: Context) -> pb.GetSongsResponse:  # noqa: N802
         """Count, rank and neighbours of songs."""
