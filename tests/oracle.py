@@ -66,36 +66,60 @@ def bounds_of(window: Window, at_ms: int, resolution_ms: int) -> Bounds | None:
             return Bounds(start, end)
 
 
+NOT_KEPT = 1 << 62
+"""As a width: no instant cuts it."""
+
+
+NOT_KEPT = 1 << 62
+"""As a width: no instant cuts it."""
+
+
 @dataclass(frozen=True)
 class Tiers:
-    """How finely time is kept: each width for its age, behind the newest play; the last one, of age None, for good."""
+    """How finely time is kept: each width for its age behind the newest play; an age of None is for good."""
 
     steps: tuple[tuple[int, int | None], ...]
     slack_ms: int = 600_000
 
+    @property
+    def keep_all(self) -> bool:
+        return self.steps[-1][1] is None
+
     def width_at(self, at_ms: int, newest_ms: int) -> int:
         """How wide the bucket is that a play of that time is kept in."""
-        for (width, age), (coarser, _) in itertools.pairwise(self.steps):
-            assert age is not None and coarser % width == 0
+        for (width, age), (coarser, _) in zip(self.steps, (*self.steps[1:], self.steps[-1]), strict=True):
+            if age is None:
+                return width
             border = newest_ms - age - self.slack_ms
             if at_ms >= border - border % coarser:  # rolled up whole coarser buckets at a time
                 return width
-        return self.steps[-1][0]
+        return NOT_KEPT
 
-    def cuts_at(self, at_ms: int, newest_ms: int) -> bool:
-        """Whether plays before and after that time are told apart."""
-        return at_ms % self.width_at(at_ms, newest_ms) == 0
+    def cuts_at(self, at_ms: int, newest_ms: int, oldest_ms: int) -> bool:
+        """Whether plays before and after that time are told apart; there is nothing to tell before the oldest."""
+        return at_ms <= oldest_ms or at_ms % self.width_at(at_ms, newest_ms) == 0
 
     def around(self, bounds: Bounds, newest_ms: int, oldest_ms: int) -> Bounds:
-        """The least span around that one that is cut exactly; no cut is needed before the oldest play."""
+        """The least span around that one that is cut exactly."""
         finest = self.steps[0][0]
-        start = next(
-            at for at in itertools.count(bounds.start_ms, -finest) if at <= oldest_ms or self.cuts_at(at, newest_ms)
+        starts, ends = itertools.count(bounds.start_ms, -finest), itertools.count(bounds.end_ms, finest)
+        return Bounds(
+            next(at for at in starts if self.cuts_at(at, newest_ms, oldest_ms)),
+            next(at for at in ends if self.cuts_at(at, newest_ms, oldest_ms)),
         )
-        end = next(
-            at for at in itertools.count(bounds.end_ms, finest) if at <= oldest_ms or self.cuts_at(at, newest_ms)
-        )
-        return Bounds(start, end)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The whole answer to a query: all entries, and for sessions how far each reaches."""
+
+    bounds: Bounds | None
+    ranked: Ranked
+    sessions: dict[str, Bounds] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(count for _, count in self.ranked)
 
 
 @dataclass
@@ -118,6 +142,31 @@ class Tally:
     def ranked(self, chart: str = "", bounds: Bounds | None = None) -> Ranked:
         """By count, then by the bytes of the song's id."""
         return by_count(self.counts(chart, bounds))
+
+    def truth(self, window: Window, at_ms: int, chart: str = "") -> Truth:
+        """What a window holds at an instant."""
+        bounds = bounds_of(window, at_ms, self.resolution_ms)
+        if not isinstance(window, SessionWindow):
+            return Truth(bounds, self.ranked(chart, bounds))
+        sessions = self.sessions(window.gap_ms, at_ms, chart)
+        ranked = by_count({song_id: count for song_id, (count, _) in sessions.items()})
+        return Truth(bounds, ranked, {song_id: span for song_id, (_, span) in sessions.items()})
+
+    def has_to_answer(self, window: Window, truth: Truth, tiers: Tiers) -> bool:
+        """Whether everything that the window cuts is kept finely enough. A refusal is right only where it is not."""
+        newest, oldest = self.newest_ms(), self.oldest_ms(tiers)
+        if truth.bounds is None or truth.bounds.end_ms <= oldest:
+            return True
+        if isinstance(window, SessionWindow):
+            # Sessions need each play's own bucket, back to where an earlier play would still join the first.
+            first = min((span.start_ms for span in truth.sessions.values()), default=truth.bounds.end_ms)
+            reach = max(oldest, min(first - window.gap_ms, truth.bounds.start_ms))
+            return tiers.width_at(reach, newest) == self.resolution_ms
+        return (
+            tiers.cuts_at(truth.bounds.start_ms, newest, oldest)
+            and tiers.cuts_at(truth.bounds.end_ms, newest, oldest)
+            and tiers.width_at(max(truth.bounds.start_ms, oldest), newest) != NOT_KEPT
+        )
 
     def sessions(self, gap_ms: int, at_ms: int, chart: str = "") -> dict[str, tuple[int, Bounds]]:
         """Each song's last session at an instant, where it is still open: its plays, and how far it reaches."""
@@ -169,11 +218,17 @@ def by_count(counts: Mapping[str, int]) -> Ranked:
 
 
 def combined(plays: Iterable[tuple[int, Play]], resolution_ms: int) -> list[tuple[int, Play]]:
-    """What a gateway makes of indexed plays: equal ones become one, with the first's index and the newest time."""
+    """What a gateway makes of indexed plays: equal ones become one, with the first's index and the newest time.
+
+    Corrections stay what they are.
+    """
     groups: dict[tuple[str, int, tuple[str, ...]], int] = {}
     done: list[tuple[int, Play]] = []
     for index, play in plays:
         key = (play.song_id, play.played_at_ms // resolution_ms, play.charts)
+        if play.count < 0:
+            done.append((index, play))
+            continue
         at = groups.get(key)
         if at is None or done[at][1].count + play.count > COUNT_MAX:
             groups[key] = len(done)
