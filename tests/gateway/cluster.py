@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -169,7 +169,8 @@ class Line:
 class Gateway:
     """What gateway/server.py puts together, without signals and health."""
 
-    def __init__(self, store: TopologyStore, **changes: Any) -> None:
+    def __init__(self, store: TopologyStore, clock: Callable[[], int] = lambda: NOW, **changes: Any) -> None:
+        self._clock = clock
         settings = GatewaySettings(topology="file:/nowhere", listen="127.0.0.1:0", query_seconds=20, record_seconds=20)
         self.settings = dataclasses.replace(settings, **changes)
         self._store = store
@@ -188,7 +189,7 @@ class Gateway:
         self.shard_queries = ShardQueries(settings, topology.cluster_id)
         scatter = Scatter(settings, self.watch, self.shard_queries)
         self.recorder = Recorder(settings, self.watch, self.links)
-        self.queries = Queries(settings, topology.settings.resolution_ms, scatter, lambda: NOW)
+        self.queries = Queries(settings, topology.settings.resolution_ms, scatter, self._clock)
         service = self.service = TopKService(
             settings, self.watch, self.recorder, self.queries, self.shard_queries, self.drain
         )
