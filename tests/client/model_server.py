@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -58,6 +58,14 @@ class Marks:
         self.highest = max(self.highest, sequence)
         self.bits = {bit for bit in self.bits if bit > self.highest - 64}
         return True
+
+
+@dataclass(frozen=True)
+class WatchScript:
+    """What one watch does: so many steps (None: it goes on), then OK, an error, or nothing more ("hang")."""
+
+    steps: int | None = None
+    ending: TopKError | grpc.StatusCode | str | None = None
 
 
 class Cluster:
@@ -123,6 +131,10 @@ class ModelServer(TopKServiceServicer):
         self._server: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._refusals: list[TopKError] = []
+        self.watch_scripts: list[WatchScript] = []
+        self.watch_tokens: list[str] = []
+        self.watching = 0
+        self.watched: list[list[query_pb2.Entry]] = []
 
     @property
     def targets(self) -> list[str]:
@@ -300,6 +312,64 @@ class ModelServer(TopKServiceServicer):
         await self._query("GetTopK", context)
         bounds, counts, certificate = self._window(request)
         return pb.GetTopKResponse(bounds=bounds, certificate=certificate, entries=self._ranked(counts)[: request.k])
+
+    async def WatchTopK(self, request: pb.WatchTopKRequest, context: Any) -> AsyncIterator[pb.WatchTopKResponse]:
+        """All watches are of one query; a list's number is its place in `watched`, which a test may clear."""
+        self.watch_tokens.append(request.resume_token)
+        await self._query("WatchTopK", context)
+        self.watching += 1
+        try:
+            async for step in self._watch(request, context):
+                yield step
+        finally:
+            self.watching -= 1
+
+    async def _watch(self, request: pb.WatchTopKRequest, context: Any) -> AsyncIterator[pb.WatchTopKResponse]:
+        script = self.watch_scripts.pop(0) if self.watch_scripts else WatchScript()
+        token = request.resume_token
+        known = int(token) if token and int(token) < len(self.watched) else None
+        told = 0
+        while script.steps is None or told < script.steps:
+            counts = self.cluster.counts(request.chart)
+            entries = self._ranked(counts)[: request.k]
+            if not self.watched or self.watched[-1] != entries:
+                self.watched.append(entries)
+            newest = len(self.watched) - 1
+            if told and known == newest:
+                await asyncio.sleep(0.005)
+                continue
+            step = pb.WatchTopKResponse(number=newest, resume_token=str(newest))
+            step.certificate.complete = True
+            step.certificate.total_plays = counts.total()
+            if known is None:
+                step.snapshot.reset = bool(token)
+                step.snapshot.entries.extend(entries)
+                for entry in step.snapshot.entries:
+                    entry.share = entry.count / counts.total()
+            else:
+                step.changes.previous_number = known
+                step.changes.changes.extend(self._changes(self.watched[known], entries))
+            known, told = newest, told + 1
+            yield step
+        match script.ending:
+            case "hang":
+                await asyncio.Event().wait()
+            case TopKError():
+                await context.abort_with_status(status_of(script.ending).to_grpc())
+            case grpc.StatusCode() as code:
+                await context.abort(code, "as the script says")
+
+    @staticmethod
+    def _changes(old: list[query_pb2.Entry], new: list[query_pb2.Entry]) -> Iterator[pb.EntryChange]:
+        before, now = ({entry.song_id: entry for entry in entries} for entries in (old, new))
+        for song in before.keys() - now.keys():
+            yield pb.EntryChange(kind=pb.CHANGE_KIND_LEFT, entry=before[song], previous_rank=before[song].rank)
+        for song, entry in now.items():
+            if song not in before:
+                yield pb.EntryChange(kind=pb.CHANGE_KIND_ENTERED, entry=entry)
+            elif entry != before[song]:
+                kind = pb.CHANGE_KIND_COUNT if entry.rank == before[song].rank else pb.CHANGE_KIND_MOVED
+                yield pb.EntryChange(kind=kind, entry=entry, previous_rank=before[song].rank)
 
     async def GetSongs(self, request: pb.GetSongsRequest, context: Any) -> pb.GetSongsResponse:
         await self._query("GetSongs", context)

@@ -9,10 +9,10 @@ import topk_grpc
 from topk_grpc._version import VERSION
 
 PUBLIC = """
-    Answer BlockingTopKClient Bounds Certificate ChartSummary ClientStats DeadlineError DuplicateBatchError Entry
-    Finality GlobalWindow InvalidArgumentError Play ProducerExpiredError Rejected RejectedPlaysError
-    ResourceExhaustedError SongStanding SongsAnswer TopKClient TopKError TumblingWindow UnavailableError Window
-    WindowError __version__ parse_window
+    Answer BlockingTopKClient Bounds Certificate Change ChangeKind ChartHistory ChartSummary ClientStats DeadlineError
+    DuplicateBatchError Entry Finality GlobalWindow InvalidArgumentError OutOfRangeError Play ProducerExpiredError
+    RangeWindow Rejected RejectedPlaysError ResourceExhaustedError SessionWindow SlidingWindow SongStanding SongsAnswer
+    TopKClient TopKError TumblingWindow UnavailableError WatchUpdate Window WindowError __version__ parse_window
 """
 
 

@@ -6,24 +6,26 @@ import asyncio
 import random as chance
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from topk_grpc.changes import WatchUpdate
 from topk_grpc.client.columns import Bytes, Int64s, check_columns
 from topk_grpc.client.options import RecordOptions
-from topk_grpc.client.queries import Queries
+from topk_grpc.client.queries import Queries, watch_request
 from topk_grpc.client.recorder import Recorder
 from topk_grpc.client.stats import ClientStats
-from topk_grpc.errors import InvalidArgumentError
+from topk_grpc.errors import InvalidArgumentError, TopKError
 from topk_grpc.model import Answer, AsOf, ChartSummary, Rejected, SongsAnswer, Window
 from topk_grpc.rpc.channels import open_channel, target_of
 
 if TYPE_CHECKING:
     import grpc
 
-    from topk_grpc.pb.topk.v1.topk_service_pb2 import DescribeClusterResponse
+    from topk_grpc.pb.topk.v1.topk_service_pb2 import DescribeClusterResponse, WatchTopKRequest
 
 
 class TopKClient:
@@ -228,22 +230,65 @@ class TopKClient:
         chart: str | None = None,
         as_of: AsOf | str = None,
         allow_partial: bool = False,
+        history_panes: int = 0,
     ) -> Answer:
         """The k songs with the most plays in a window, exactly.
 
         Args:
-            window: `global`, `tumbling:1d`, `tumbling:7d@4d`, or a value of `topk_grpc.model`.
+            window: `global`, `tumbling:1d`, `sliding:10m/1m`, `session:15m`, `range:START..END`, or a value of
+                `topk_grpc.model`.
             k: how many, 1 to 10,000.
             chart: None: the global one.
             as_of: the instant the window is taken at: epoch milliseconds, a datetime, ISO 8601, `latest` (the newest
                 play's time), None (the gateway's clock). Refused for the global window.
             allow_partial: answer without shards that are down, and say so in the certificate, instead of failing.
+            history_panes: only for tumbling windows: each entry's `history` tells how it fared in so many panes, this
+                one included, 2 to 520; 52 is usual. 0: no history.
 
         Raises:
             InvalidArgumentError: the cluster refuses the request as it is.
+            OutOfRangeError: what is kept of a time so far back cannot be cut at the window's bounds any more.
             UnavailableError: a shard does not answer, or no gateway.
         """
-        return await self._asking().top_k(window, k, chart, as_of, allow_partial)
+        return await self._asking().top_k(window, k, chart, as_of, allow_partial, history_panes)
+
+    def watch(
+        self,
+        window: str | Window,
+        k: int = 10,
+        *,
+        chart: str | None = None,
+        latest: bool = False,
+        allow_partial: bool = False,
+        on_interrupted: Callable[[TopKError], None] | None = None,
+    ) -> AsyncGenerator[WatchUpdate, None]:
+        """The k songs with the most plays in a window, now and whenever they change.
+
+        Gateways and shards may go and come back meanwhile: the watch connects again by itself, for as long as it takes,
+        and goes on where it was. Lists that came and went faster than they were asked for are passed over.
+
+            async for update in client.watch("sliding:10m/1m", k=10):
+                print(update.answer.entries[0])
+
+        Closing the generator ends the watch; closing the client ends the generator.
+
+        Args:
+            window: as in `top_k`; it moves with the gateway's clock.
+            k: how many, 1 to 1,000.
+            chart: None: the global one.
+            latest: take the window at the newest play instead of the gateway's clock.
+            allow_partial: go on without shards that are down, and say so in the certificate.
+            on_interrupted: is called, on the event loop, each time that a stream fails or none can be opened, with the
+                error. The next update means that all is well again.
+
+        Returns:
+            A generator of updates: the first comes at once and is the whole list. It raises UnavailableError where that
+            takes longer than deadline_seconds, and what the cluster refuses for good.
+
+        Raises:
+            InvalidArgumentError: it cannot be written as a request.
+        """
+        return self._watch(watch_request(window, k, chart, latest, allow_partial), on_interrupted)
 
     async def songs(
         self,
@@ -308,6 +353,14 @@ class TopKClient:
         if self._queries is None:
             self._queries = Queries(channel, self._options.deadline_seconds)
         return self._queries
+
+    async def _watch(
+        self, request: WatchTopKRequest, on_interrupted: Callable[[TopKError], None] | None
+    ) -> AsyncGenerator[WatchUpdate, None]:
+        watching = self._asking().watching(request, self._options.random, lambda: self._closed, on_interrupted)
+        async with aclosing(watching.updates()) as updates:
+            async for update in updates:
+                yield update
 
     async def _shut(self) -> None:
         """Disconnects without a flush."""

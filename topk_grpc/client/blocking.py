@@ -2,9 +2,9 @@
 
 All blocking clients of a process share one thread with one event loop, started with the first of them: gRPC's
 completion queue serves one loop well and several badly. Each method is the asynchronous one, handed to that loop and
-waited for; the types are carried over by ParamSpec, so there is one signature and one docstring. Only `record` has a
-body here: it puts the play into the buffer from the caller's thread and troubles the loop once a batch, not once a
-play.
+waited for; the types are carried over by ParamSpec, so there is one signature and one docstring. Two have a body here:
+`record` puts the play into the buffer from the caller's thread and troubles the loop once a batch, not once a play;
+`watch` is a generator, which no coroutine can be handed over as.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import asyncio
 import functools
 import os
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+from topk_grpc.changes import WatchUpdate
 from topk_grpc.client.aio import TopKClient
 from topk_grpc.client.buffer import Added
 from topk_grpc.client.recorder import Recorder
 from topk_grpc.client.stats import ClientStats
+from topk_grpc.errors import TopKError
+from topk_grpc.model import Window
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -99,6 +102,22 @@ def _same_arguments(
     return keep
 
 
+class _Updates:
+    """The updates of a watch, one call each. A call that was given up may still be ending when the next one comes."""
+
+    def __init__(self, updates: AsyncGenerator[WatchUpdate, None]) -> None:
+        self._updates = updates
+        self._lock = asyncio.Lock()
+
+    async def next(self) -> WatchUpdate | None:
+        async with self._lock:
+            return await anext(self._updates, None)
+
+    async def close(self) -> None:
+        async with self._lock:
+            await self._updates.aclose()
+
+
 async def _recorder_of(client: TopKClient) -> Recorder:
     return client._recording()
 
@@ -156,6 +175,38 @@ class BlockingTopKClient:
     flush = _blocking(TopKClient.flush)
     close = _blocking(TopKClient.close)
     top_k = _blocking(TopKClient.top_k)
+
+    def watch(
+        self,
+        window: str | Window,
+        k: int = 10,
+        *,
+        chart: str | None = None,
+        latest: bool = False,
+        allow_partial: bool = False,
+        on_interrupted: Callable[[TopKError], None] | None = None,
+    ) -> Generator[WatchUpdate, None, None]:
+        """The k songs with the most plays in a window, now and whenever they change; as `TopKClient.watch`.
+
+            for update in client.watch("sliding:10m/1m", k=10):
+                print(update.answer.entries[0])
+
+        on_interrupted is called on the thread that all blocking clients share, and may not call the client.
+        """
+        return self._iterate(
+            self._client.watch(
+                window, k, chart=chart, latest=latest, allow_partial=allow_partial, on_interrupted=on_interrupted
+            )
+        )
+
+    def _iterate(self, updates: AsyncGenerator[WatchUpdate, None]) -> Generator[WatchUpdate, None, None]:
+        steps = _Updates(updates)
+        try:
+            while (update := self._loop_thread.run(steps.next())) is not None:
+                yield update
+        finally:
+            self._loop_thread.run(steps.close())
+
     songs = _blocking(TopKClient.songs)
     charts = _blocking(TopKClient.charts)
     describe = _blocking(TopKClient.describe)

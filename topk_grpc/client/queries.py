@@ -1,12 +1,13 @@
-"""The calls that ask: one message there, one back, tried again by the channel while a gateway is unavailable."""
+"""The calls that ask. Those with one message back are tried again by the channel while a gateway is unavailable."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
+from topk_grpc.client.watching import Interrupted, Watching
 from topk_grpc.errors import InvalidArgumentError
 from topk_grpc.model import Answer, AsOf, ChartSummary, SongsAnswer, Window, parse_window
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
@@ -28,8 +29,14 @@ class Queries:
         self._stub: TopKServiceAsyncStub = TopKServiceStub(channel)
         self._deadline_seconds = deadline_seconds
 
-    async def top_k(
-        self, window: str | Window, k: int, chart: str | None, as_of: AsOf | str, allow_partial: bool
+    async def top_k(  # noqa: PLR0917  # called from one place
+        self,
+        window: str | Window,
+        k: int,
+        chart: str | None,
+        as_of: AsOf | str,
+        allow_partial: bool,
+        history_panes: int,
     ) -> Answer:
         """GetTopK."""
         try:
@@ -39,6 +46,7 @@ class Queries:
                 chart=chart or "",
                 as_of=convert.as_of_to_pb(as_of),
                 allow_partial=allow_partial,
+                history_panes=history_panes,
             )
         except (TypeError, ValueError) as error:
             raise _refused(error) from error
@@ -69,6 +77,23 @@ class Queries:
             raise _refused(error) from error
         return convert.songs_answer_from_pb(await _answer(self._stub.GetSongs(request, timeout=self._deadline_seconds)))
 
+    def watching(
+        self,
+        request: pb.WatchTopKRequest,
+        random: Callable[[], float],
+        closed: Callable[[], bool],
+        on_interrupted: Interrupted | None,
+    ) -> Watching:
+        """WatchTopK, again and again; the request is one of `watch_request`."""
+        return Watching(
+            self._stub.WatchTopK,
+            request,
+            first_seconds=self._deadline_seconds,
+            random=random,
+            closed=closed,
+            on_interrupted=on_interrupted,
+        )
+
     async def charts(self, allow_partial: bool) -> tuple[ChartSummary, ...]:
         """ListCharts."""
         request = pb.ListChartsRequest(allow_partial=allow_partial)
@@ -78,6 +103,26 @@ class Queries:
     async def describe(self) -> pb.DescribeClusterResponse:
         """DescribeCluster."""
         return await _answer(self._stub.DescribeCluster(pb.DescribeClusterRequest(), timeout=self._deadline_seconds))
+
+
+def watch_request(
+    window: str | Window, k: int, chart: str | None, latest: bool, allow_partial: bool
+) -> pb.WatchTopKRequest:
+    """What a watch asks for.
+
+    Raises:
+        InvalidArgumentError: it cannot be written.
+    """
+    try:
+        return pb.WatchTopKRequest(
+            window=convert.window_to_pb(_window(window)),
+            k=k,
+            chart=chart or "",
+            latest=latest,
+            allow_partial=allow_partial,
+        )
+    except (TypeError, ValueError) as error:
+        raise _refused(error) from error
 
 
 def _window(window: str | Window) -> Window:
