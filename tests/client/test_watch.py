@@ -16,6 +16,7 @@ from tests.client.test_blocking import model_server
 from topk_grpc import (
     BlockingTopKClient,
     ChangeKind,
+    Entry,
     InvalidArgumentError,
     TopKClient,
     TopKError,
@@ -66,13 +67,13 @@ async def test_every_end_of_a_stream_is_gone_on_from_with_the_last_token() -> No
     async with ModelServer() as server, calm(server) as client:
         server.watch_scripts = [WatchScript(2, ending) for ending in endings]
         play(server, "a", 1)
-        list_so_far: tuple[object, ...] = ()
+        list_so_far: tuple[Entry, ...] = ()
         async with aclosing(client.watch("global", 3, on_interrupted=told.append)) as updates:
             seen = 0
             async for update in updates:
                 assert (
                     apply(list_so_far, update.changes, update.answer.certificate.total_plays) == update.answer.entries
-                )  # type: ignore[arg-type]
+                )
                 assert not update.reset
                 list_so_far = update.answer.entries
                 seen += 1
