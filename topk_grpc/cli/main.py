@@ -41,7 +41,13 @@ Gateway = Annotated[
 GATEWAY_DEFAULT: Final = "127.0.0.1:50050"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Window = Annotated[
-    str, typer.Option("--window", "-w", help="global, or tumbling:SIZE[@OFFSET] as in tumbling:1d or tumbling:7d@4d.")
+    str,
+    typer.Option(
+        "--window",
+        "-w",
+        help="global, tumbling:SIZE[@OFFSET] (tumbling:1d, tumbling:7d@4d), sliding:SIZE[/SLIDE] (sliding:10m/1m, "
+        "sliding:10m), session:GAP (session:15m) or range:START..END.",
+    ),
 ]
 Chart = Annotated[str, typer.Option(help="The chart to rank in; the global one if not given.")]
 AsOf = Annotated[
@@ -179,6 +185,18 @@ def top(  # noqa: PLR0917  # typer makes options of them
     k: Annotated[int, typer.Option("-k", "--k", help="How many songs, 1 to 10,000.")] = 10,
     chart: Chart = "",
     as_of: AsOf = "",
+    history: Annotated[
+        bool,
+        typer.Option(
+            "--history",
+            help="For a tumbling window: each song's rank in the pane before, its peak, and on "
+            "how many panes' charts it was.",
+        ),
+    ] = False,
+    history_panes: Annotated[
+        int | None,
+        typer.Option(help="How many panes --history looks at, 2 to 520.", show_default="52"),
+    ] = None,
     allow_partial: AllowPartial = False,
     gateway: Gateway = GATEWAY_DEFAULT,
     json: Json = False,
@@ -186,7 +204,9 @@ def top(  # noqa: PLR0917  # typer makes options of them
     """Show the k songs with the most plays in a window, exactly."""
     from topk_grpc.cli.queries import Query, run_top
 
-    run_top(Query(window, chart, as_of, allow_partial, gateway, json), k)
+    if history_panes is None:
+        history_panes = 52 if history else 0
+    run_top(Query(window, chart, as_of, allow_partial, gateway, json), k, history_panes)
 
 
 @app.command()
@@ -206,6 +226,28 @@ def rank(  # noqa: PLR0917  # typer makes options of them
     from topk_grpc.cli.queries import Query, run_rank
 
     run_rank(Query(window, chart, as_of, allow_partial, gateway, json), songs, neighbours)
+
+
+@app.command()
+def watch(  # noqa: PLR0917  # typer makes options of them
+    window: Window = "global",
+    k: Annotated[int, typer.Option("-k", "--k", help="How many songs, 1 to 1,000.")] = 10,
+    chart: Chart = "",
+    latest: Annotated[
+        bool, typer.Option("--latest", help="Take the window at the newest play instead of the gateway's clock.")
+    ] = False,
+    updates: Annotated[int, typer.Option(min=0, help="End after so many updates, for scripts; 0: never.")] = 0,
+    allow_partial: AllowPartial = False,
+    gateway: Gateway = GATEWAY_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Watch the k songs with the most plays in a window. Ctrl-C ends it.
+
+    On a terminal a table with movement; elsewhere a line for each change. It outlives gateways that come and go.
+    """
+    from topk_grpc.cli.watch import Request, run
+
+    run(Request(window, k, chart, latest, allow_partial, gateway, json, updates))
 
 
 @app.command()

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from topk_grpc.client import TopKClient
 from topk_grpc.errors import UnavailableError
-from topk_grpc.model import Answer, Bounds, Certificate, Entry, SongsAnswer, SongStanding, format_time
+from topk_grpc.model import Answer, Bounds, Certificate, ChartHistory, Entry, SongsAnswer, SongStanding, format_time
 
 if TYPE_CHECKING:
     from topk_grpc.pb.topk.v1.topk_service_pb2 import DescribeClusterResponse
@@ -70,9 +70,12 @@ def unreachable(gateway: str, error: UnavailableError) -> UnavailableError:
     return UnavailableError(f"gateway {gateway}: {error}{hint}")
 
 
-def run_top(query: Query, k: int) -> None:
-    """Prints the k best."""
-    answer = ask(query.gateway, lambda client: client.top_k(query.window, k, **query.arguments))
+def run_top(query: Query, k: int, history_panes: int = 0) -> None:
+    """Prints the k best, with how they fared in so many panes where there are any."""
+    answer = ask(
+        query.gateway,
+        lambda client: client.top_k(query.window, k, history_panes=history_panes, **query.arguments),
+    )
     if query.json:
         _print_json(answer_as_json(answer))
         return
@@ -166,16 +169,30 @@ def _songs_table() -> Table:
 
 
 def top_table(answer: Answer) -> Table:
-    """The entries of an answer."""
+    """The entries of an answer; with their history where they have one."""
     table = _songs_table()
+    if any(entry.history for entry in answer.entries):
+        for name in ("last", "peak", "on chart"):
+            table.add_column(name, justify="right")
     for entry in answer.entries:
-        table.add_row(f"{entry.rank:,}", escape(entry.song_id), f"{entry.count:,}")
+        table.add_row(f"{entry.rank:,}", escape(entry.song_id), f"{entry.count:,}", *_history(entry.history))
     return table
 
 
+def _history(history: ChartHistory | None) -> tuple[str, ...]:
+    if history is None:
+        return ()
+    last = "–" if history.previous_rank is None else f"{history.previous_rank:,}"
+    return last, f"{history.peak_rank:,}", f"{history.panes_on_chart:,}"
+
+
 def _title(query: Query, bounds: Bounds | None) -> str:
-    span = "all time" if bounds is None else f"{format_time(bounds.start_ms)} to {format_time(bounds.end_ms)}"
-    return escape(f"{query.window}: {span}" + (f", chart {query.chart}" if query.chart else ""))
+    return escape(f"{query.window}: {span_text(bounds)}" + (f", chart {query.chart}" if query.chart else ""))
+
+
+def span_text(bounds: Bounds | None) -> str:
+    """A window's bounds for people."""
+    return "all time" if bounds is None else f"{format_time(bounds.start_ms)} to {format_time(bounds.end_ms)}"
 
 
 def certificate_line(certificate: Certificate) -> str:
@@ -201,7 +218,7 @@ def answer_as_json(answer: Answer) -> dict[str, Any]:
     return {
         "window": _window(answer.bounds),
         "certificate": _certificate(answer.certificate),
-        "entries": [_entry(entry) for entry in answer.entries],
+        "entries": [entry_as_json(entry) for entry in answer.entries],
     }
 
 
@@ -243,7 +260,8 @@ def _certificate(certificate: Certificate) -> dict[str, Any]:
     }
 
 
-def _entry(entry: Entry) -> dict[str, Any]:
+def entry_as_json(entry: Entry) -> dict[str, Any]:
+    """A ranked song; sessions and history only where it has them."""
     value = {"rank": entry.rank, "song_id": entry.song_id, "count": entry.count, "share": entry.share}
     if entry.history is not None:
         value |= asdict(entry.history)
@@ -256,5 +274,8 @@ def _session(session: Bounds | None) -> dict[str, int]:
 
 def _standing(song: SongStanding) -> dict[str, Any]:
     value = {"song_id": song.song_id, "count": song.count, "rank": song.rank, "share": song.share}
-    around = {"above": [_entry(entry) for entry in song.above], "below": [_entry(entry) for entry in song.below]}
+    around = {
+        "above": [entry_as_json(entry) for entry in song.above],
+        "below": [entry_as_json(entry) for entry in song.below],
+    }
     return value | _session(song.session) | around
