@@ -20,6 +20,7 @@ from tests.oracle import slot_of
 from topk_grpc.config import GatewaySettings, ShardSettings
 from topk_grpc.engine import query
 from topk_grpc.engine.query import Scope
+from topk_grpc.gateway.admin import ClusterAdminService
 from topk_grpc.gateway.link import ShardLink
 from topk_grpc.gateway.queries import Queries
 from topk_grpc.gateway.recorder import Recorder
@@ -27,6 +28,7 @@ from topk_grpc.gateway.routing import RoutingWatch
 from topk_grpc.gateway.scatter import Scatter, ShardQueries
 from topk_grpc.gateway.service import TopKService
 from topk_grpc.model import ClusterSettings, Play, ShardInfo, Topology
+from topk_grpc.pb.topk.v1 import admin_service_pb2_grpc as admin_grpc
 from topk_grpc.pb.topk.v1 import play_pb2
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as shard_grpc
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
@@ -201,10 +203,13 @@ class Gateway:
             stream_stream={"StreamPlays": service.stream_plays},
             unary_unary={"RecordPlays": service.record_plays},
         )
+        admin = ClusterAdminService(settings, self.watch, self.shard_queries)
+        admin_grpc.add_ClusterAdminServiceServicer_to_server(admin, self.server)
         self.address = await bind(self.server, settings.listen)
         await self.server.start()
         self.channel = grpc.aio.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)])
         self.stub: Any = pb_grpc.TopKServiceStub(self.channel)
+        self.admin: Any = admin_grpc.ClusterAdminServiceStub(self.channel)
         return self
 
     async def stop(self) -> None:

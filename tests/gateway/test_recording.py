@@ -117,12 +117,17 @@ async def test_rejects_reach_every_play_they_are_about_also_on_a_resend(cluster:
         Play(first, NOW, COUNT_MAX),
         Play(first, NOW),
         Play("x" * 129, NOW),
-        Play(first, NOW, -1),
+        Play(first, NOW, -1, ("x",)),
+        Play(first, NOW, -1, ("x",)),
+        Play(first, NOW, -2),
+        Play(first, NOW, -(COUNT_MAX + 1)),
+        Play(second, NOW, -1),
     ]
     expected = {
         **dict.fromkeys((1, 3, 4, 7), "IN_FUTURE"),
         **dict.fromkeys((8, 9), "CHART_LIMIT"),
-        **{2: "EMPTY_SONG_ID", 5: "MISSING_TIME", 12: "SONG_ID_TOO_LONG", 13: "NEGATIVE_COUNT"},
+        **{2: "EMPTY_SONG_ID", 5: "MISSING_TIME", 12: "SONG_ID_TOO_LONG", 16: "COUNT_TOO_LARGE"},
+        **dict.fromkeys((14, 15), "NEGATIVE_BUCKET"),  # the huge play that comes first was rejected
     }
     response = await record(gateway, batch(1, plays))
     # The huge play and the one after it are not combined, as their sum would leave the range; the first to come fits.
@@ -132,7 +137,8 @@ async def test_rejects_reach_every_play_they_are_about_also_on_a_resend(cluster:
         again = await record(each, batch(1, plays))
         assert again.duplicate
         assert (rejects(again), again.accepted) == (rejects(response), response.accepted)
-    assert cluster.counted([first, second]) == [2, 1]
+    assert cluster.counted([first, second]) == [1, 0]
+    assert cluster.counted([first, second], "x") == [0, 1]
 
 
 async def test_a_whole_batch_of_rejects_is_answered_soon(cluster: Cluster) -> None:

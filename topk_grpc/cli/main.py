@@ -141,7 +141,10 @@ def ingest(  # noqa: PLR0917  # typer makes options of them
     chart: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="A chart to count the play in besides the global one.")
     ] = None,
-    count: Annotated[str | None, typer.Option(metavar="COLUMN", help="How many plays a row stands for.")] = None,
+    count: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="How many plays a row stands for; below 0 it takes plays back."),
+    ] = None,
     time_unit: Annotated[
         str,
         typer.Option(metavar="auto|s|ms|us|ns", help="The unit of times that are numbers; auto goes by their size."),
@@ -264,6 +267,19 @@ def status(gateway: Gateway = GATEWAY_DEFAULT, json: Json = False) -> None:
     from topk_grpc.cli.queries import run_status
 
     run_status(gateway, json)
+
+
+@cluster_app.command("delete-song")
+def delete_song(
+    song: Annotated[str, typer.Argument(metavar="SONG", help="The song, as it was recorded.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Needed where no terminal is there to.")] = False,
+    gateway: Gateway = GATEWAY_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Delete a song: its plays are gone from all charts and windows, for good. Plays of it that come later count."""
+    from topk_grpc.cli.admin import delete_song as run
+
+    run(song, gateway, yes=yes, as_json=json)
 
 
 # --- Show and measure -------------------------------------------------------------------------------------------------

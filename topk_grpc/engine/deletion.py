@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from topk_grpc.engine.boards import global_songs
 from topk_grpc.engine.spans import cells_of
 from topk_grpc.engine.state import CHARTS, GLOBAL, ShardState
+from topk_grpc.kernels.hash import hash_strings
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,13 @@ def _entries(state: ShardState, song_id: str) -> dict[str, NDArray[np.int32]]:
 def _counts(state: ShardState, name: str, entries: NDArray[np.int32]) -> NDArray[np.int64]:
     """Their plays of all time."""
     return np.array([state.boards[name].count(entry) for entry in entries.tolist()], np.int64)
+
+
+def owns(state: ShardState, song_id: str) -> bool:
+    """Whether the shard owns the song's slot."""
+    data = song_id.encode()
+    hashes = hash_strings(data, np.zeros(1, np.int64), np.array([len(data)], np.int32))
+    return bool(state.owned[int(hashes[0]) % len(state.owned)])
 
 
 def plays_of(state: ShardState, song_id: str) -> Deleted:

@@ -6,6 +6,7 @@ import asyncio
 
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import SettingError
+from topk_grpc.gateway.admin import ADMIN_SERVICE, ClusterAdminService
 from topk_grpc.gateway.link import ShardLink
 from topk_grpc.gateway.queries import Queries
 from topk_grpc.gateway.recorder import Recorder
@@ -15,6 +16,7 @@ from topk_grpc.gateway.service import TopKService
 from topk_grpc.kernels import compiled
 from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
+from topk_grpc.pb.topk.v1.admin_service_pb2_grpc import add_ClusterAdminServiceServicer_to_server
 from topk_grpc.rpc import log, process
 from topk_grpc.rpc.lifecycle import StopRequest, serve_until_stopped
 from topk_grpc.rpc.server import (
@@ -98,7 +100,8 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
             stream_stream={"StreamPlays": service.stream_plays},
             unary_unary={"RecordPlays": service.record_plays},
         )
-        add_reflection(server, [SERVICE])
+        add_ClusterAdminServiceServicer_to_server(ClusterAdminService(settings, watch, shard_queries), server)
+        add_reflection(server, [SERVICE, ADMIN_SERVICE])
         await server.start()
         await health.set(ready=True)
         log.event("ready", address=address, cluster=topology.cluster_id, epoch=topology.epoch)

@@ -1,0 +1,60 @@
+"""`topk cluster delete-song`: what changes a running cluster. Asks first, where there is somebody to ask."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Final
+
+import grpc
+import typer
+
+from topk_grpc.cli.queries import ask, targets, unreachable
+from topk_grpc.errors import TopKError, UnavailableError
+from topk_grpc.pb.topk.v1 import admin_service_pb2 as pb
+from topk_grpc.pb.topk.v1.admin_service_pb2_grpc import ClusterAdminServiceStub
+from topk_grpc.rpc.channels import open_channel
+from topk_grpc.rpc.status import from_rpc_error
+
+_SECONDS: Final = 60.0
+
+
+def delete_song(song_id: str, gateway: str, *, yes: bool, as_json: bool) -> None:
+    """Has all plays of a song taken back, and prints what it had.
+
+    Raises:
+        typer.BadParameter: nobody can be asked, and `yes` is not set.
+        TopKError: the cluster does not answer, or refuses.
+    """
+    if not yes:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter(
+                f"all plays of {song_id!r} would be deleted for good, and standard input is no terminal to ask at:"
+                " add --yes"
+            )
+        (song,) = ask(gateway, lambda client: client.songs([song_id])).songs
+        typer.confirm(
+            f"Delete {song_id!r} for good, {song.count:,} plays and all it has in charts?", abort=True, err=True
+        )
+    deleted = asyncio.run(_delete_song(song_id, gateway))
+    if as_json:
+        value = {"song_id": song_id, "plays": deleted.plays, "charts": deleted.charts}
+        print(json.dumps(value, ensure_ascii=False))  # noqa: T201
+    elif deleted.plays or deleted.charts:
+        print(f"{song_id}: {deleted.plays:,} plays deleted, and those in {deleted.charts:,} charts")  # noqa: T201
+    else:
+        print(f"{song_id} had no plays")  # noqa: T201
+
+
+async def _delete_song(song_id: str, gateway: str) -> pb.ClusterAdminServiceDeleteSongResponse:
+    async with open_channel(targets(gateway)) as channel:
+        try:
+            return await ClusterAdminServiceStub(channel).DeleteSong(
+                pb.ClusterAdminServiceDeleteSongRequest(song_id=song_id), timeout=_SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            failure: TopKError = from_rpc_error(error)
+            if isinstance(failure, UnavailableError):
+                failure = unreachable(gateway, failure)
+            raise failure from error
