@@ -116,6 +116,10 @@ class ShardSettings(ServerSettings):
     charts_max: int = setting(10_000, "charts", "Charts on this shard; a play that names one more is rejected (CHART_LIMIT).", 1, 65_535)
     future_seconds_max: float = setting(300.0, "s", "Plays further ahead of this shard's clock are rejected (IN_FUTURE): one wrong clock must not close everybody's windows.", 0, 86_400 * 366)
     producer_ttl_seconds: float = setting(30 * 86_400.0, "s", "Producers idle for longer are forgotten; a resend of one of their batches is then refused (PRODUCER_EXPIRED).", 60)
+    tiers: str = setting("1s:1h,1m:1d,1h:90d,1d:*", "WIDTH:AGE,…", "How fine plays are kept by their age, measured against the newest play: time buckets of each width for its age, then rolled up into the next; * is for good. A window that needs finer buckets than are kept for its time is refused with OUT_OF_RANGE. Longer ages take more disk.")
+    standing_windows: str = setting("", "WINDOW,…", "Windows kept up to date from the start, as in tumbling:1h,sliding:10m/1m: a query on one costs O(k), and the buckets it needs are kept for as long as it reaches. Each costs every play a little, and 16 bytes an entry.")
+    standing_windows_max: int = setting(8, "windows", "Windows kept up to date at once, those that queries have brought about included; queries on further ones sum time buckets. 0: queries bring about none.", 0, 64)
+    standing_idle_seconds: float = setting(3600.0, "s", "A window that a query brought about is let go when nobody has asked for it for so long.", 1, 86_400 * 366)
     scan_queue_max: int = setting(64, "queries", "Queries that scan all entries and wait for their turn; one more is refused with RESOURCE_EXHAUSTED.", 1, 10_000)
 
 

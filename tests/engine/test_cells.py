@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topk_grpc.engine import cells
-from topk_grpc.engine.cells import BLOCK_CELLS, Cells, CellStore, choose_merge, merge, ordered_cells
+from topk_grpc.engine.cells import BLOCK_CELLS, Cells, CellStore, Merge, choose_merges, merge, ordered_cells
+from topk_grpc.engine.tiers import Tiers, everything_at
 from topk_grpc.model import COUNT_MAX
 
 Cell = tuple[int, int, int]
@@ -18,6 +19,7 @@ Cell = tuple[int, int, int]
 BUCKETS = st.one_of(st.integers(-5, 5), st.integers(-5, 5), st.sampled_from([-(1 << 63), (1 << 63) - 1, 1 << 40]))
 ENTRIES = st.one_of(st.integers(0, 5), st.sampled_from([1 << 20, (1 << 31) - 1]))
 COUNTS = st.one_of(st.integers(1, 3), st.sampled_from([1 << 30, COUNT_MAX]))
+KEEP_ALL = Tiers(everything_at(1)).roll_up(0)
 CELLS = st.lists(st.tuples(BUCKETS, ENTRIES, COUNTS), min_size=1, max_size=30)
 
 
@@ -62,11 +64,11 @@ def test_merge_sorts_and_adds_up_whatever_the_spans_are(parts: list[list[Cell]])
 def test_within_is_half_open_in_chunks_and_in_blocks(some: list[Cell], start: int, end: int) -> None:
     expected = Counter((entry, count) for bucket, entry, count in summed(some) if start <= bucket < end)
     block = merge([unordered(some)])
-    entries, counts = ordered_cells(block.columns()).within(start, end)
-    assert Counter(zip(entries.tolist(), counts.tolist(), strict=True)) == expected
-    entries, counts = unordered(some).within(start, end)
+    found = ordered_cells(block.columns()).within(start, end)
+    assert Counter(zip(found.entries.tolist(), found.counts.tolist(), strict=True)) == expected
+    found = unordered(some).within(start, end)
     inside = Counter((entry, count) for bucket, entry, count in some if start <= bucket < end)
-    assert Counter(zip(entries.tolist(), counts.tolist(), strict=True)) == inside
+    assert Counter(zip(found.entries.tolist(), found.counts.tolist(), strict=True)) == inside
 
 
 @settings(max_examples=150, deadline=None)
@@ -87,7 +89,7 @@ def test_a_store_adds_up_any_span_sparse_or_dense(
         patch.setattr(cells, "CHUNK_CELLS", 5)
         store = CellStore()
         known: list[Cell] = []
-        pending: tuple[int, list[int], int, Cells] | None = None
+        pending: tuple[Merge, int, Cells, tuple[int, ...]] | None = None
         for number, step in enumerate(steps):
             if step is None:
                 if pending is not None:
@@ -96,9 +98,8 @@ def test_a_store_adds_up_any_span_sparse_or_dense(
                 chunks = store.take_chunks()
                 if not chunks:
                     continue
-                merged = choose_merge(chunks, store.blocks)
-                block = merge([*(store.blocks[old] for old in merged), *chunks])
-                pending = (len(chunks), merged, number, ordered_cells(block.columns()))
+                (merged,) = choose_merges(chunks, store.blocks, store.done, KEEP_ALL)
+                pending = (merged, number, ordered_cells(merged.cells(KEEP_ALL).columns()), KEEP_ALL.borders)
             elif step:
                 store.append(*columns_of(step))
                 known += step
@@ -122,7 +123,7 @@ def test_taken_chunks_stay_in_use_until_their_block_is_there_and_later_ones_beyo
     assert len(chunks) == 1
     store.append(*columns_of([(1, 2, 1)]))
     assert store.take_chunks()[:1] == chunks  # a snapshot that failed is taken anew, with what has come meanwhile
-    store.replace(1, [], 9, ordered_cells(merge(chunks).columns()))
+    store.replace(Merge(chunks, {}), 9, ordered_cells(merge(chunks).columns()), KEEP_ALL.borders)
     assert list(store.blocks) == [9]
     assert [column.tolist() for column in store.sums(0, 3, 3)] == [[1, 2], [12, 1]]
     assert len(store.take_chunks()) == 1
@@ -132,6 +133,10 @@ def test_small_new_blocks_are_merged_and_large_old_ones_left() -> None:
     def block(size: int) -> Cells:
         column = np.broadcast_to(np.int64(0), size)
         return Cells(column, np.broadcast_to(np.int32(0), size), column, 0, 0, ordered=True)
+
+    def choose_merge(chunks: list[Cells], blocks: dict[int, Cells]) -> list[int]:
+        (merged,) = choose_merges(chunks, blocks, {}, KEEP_ALL)
+        return list(merged.blocks)
 
     assert choose_merge([block(10)], {}) == []
     assert choose_merge([block(10)], {1: block(1000), 2: block(20)}) == [2]

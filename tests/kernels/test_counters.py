@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -25,30 +24,6 @@ def int64(values: Any) -> Any:
 
 def int32(values: Any) -> Any:
     return np.array(list(values), np.int32)
-
-
-@examples(150)
-@given(batches=st.lists(added, max_size=5))
-def test_add_counts(kernels: Kernels, batches: list[list[tuple[int, int]]]) -> None:
-    rows, totals = np.zeros((ENTRIES, 2), np.int64), np.zeros((CHARTS, 2), np.int64)
-    rows[:, 1] = np.arange(ENTRIES)  # places in heaps, which counting leaves alone
-    plays: Counter[int] = Counter()
-    for batch in batches:
-        entries = int32(entry for entry, _ in batch)
-        kernels.counters.add_counts(rows, totals, entries, entries % CHARTS, int64(c for _, c in batch), len(batch))
-        for entry, count in batch:
-            plays[entry] += count
-        assert rows[:, 0].tolist() == [plays[entry] for entry in range(ENTRIES)]
-        of_chart = [[plays[entry] for entry in range(chart, ENTRIES, CHARTS)] for chart in range(CHARTS)]
-        assert totals.tolist() == [[sum(one), sum(count > 0 for count in one)] for one in of_chart]
-    assert rows[:, 1].tolist() == list(range(ENTRIES))
-
-
-def test_add_counts_takes_as_many_as_it_is_told(kernels: Kernels) -> None:
-    rows, totals = np.zeros((2, 2), np.int64), np.zeros((1, 2), np.int64)
-    kernels.counters.add_counts(rows, totals, int32([0, 1]), int32([0, 0]), int64([5, 6]), 1)
-    assert rows[:, 0].tolist() == [5, 0]
-    assert totals.tolist() == [[5, 1]]
 
 
 @examples(150)

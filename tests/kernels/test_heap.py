@@ -52,33 +52,51 @@ class Board:
         self.heap = np.full((charts, size), -1, np.int32)
         self.keys = np.full((charts, size), -1, np.int64)
         self.sizes = np.zeros(charts, np.int32)
-        self.rows = np.zeros((len(entries), 2), np.int64)
+        self.outside = np.zeros((charts, 2), np.int64)
+        self.totals = np.zeros((charts, 2), np.int64)
+        self.rows = np.full((len(entries), 6), 77, np.int64)  # the columns of other windows, which are left alone
+        self.rows[:, 2:4] = 0
         self.songs = np.array([] if alone else [song for _, song in entries], np.int32)
         self.ids = {entry: songs.ids[song] for entry, (_, song) in enumerate(entries)}
 
-    def play(self, changes: list[tuple[int, int]]) -> None:
-        """Adds counts to entries, all of them before the heaps hear of any."""
-        for entry, count in changes:
-            self.rows[entry, 0] += count
+    def play(self, changes: list[tuple[int, int]], sign: int = 1) -> None:
+        """Adds counts to entries, or takes them away."""
         changed = np.array([entry for entry, _ in changes], np.int32)
+        counts = np.array([count for _, count in changes], np.int64)
         charts = np.array([self.entries[entry][0] for entry, _ in changes], np.int32)
-        self.kernels.heap.offer(
-            self.heap, self.keys, self.sizes, self.rows, self.songs, self.all_songs.starts, self.all_songs.arena,
-            charts, changed, len(changes),
+        self.kernels.heap.count_plays(
+            self.rows, 2, self.totals, self.heap, self.keys, self.sizes, self.outside,
+            self.songs, self.all_songs.starts, self.all_songs.arena, charts, changed, counts, sign, len(changes),
         )  # fmt: skip
 
-    def check(self) -> None:
+    def counts(self, chart: int) -> dict[int, int]:
+        return {e: int(self.rows[e, 2]) for e, (of, _) in enumerate(self.entries) if of == chart}
+
+    def key(self, entry: int, count: int) -> tuple[int, bytes]:
+        return -count, self.ids[entry]
+
+    def check(self, *, only_grew: bool = True) -> None:
         places = np.zeros(len(self.entries), np.int64)
         for chart, size in enumerate(self.sizes.tolist()):
-            counts = {e: int(self.rows[e, 0]) for e, (of, _) in enumerate(self.entries) if of == chart}
+            counts = self.counts(chart)
+            assert self.totals[chart].tolist() == [sum(counts.values()), sum(count != 0 for count in counts.values())]
             held = self.heap[chart, :size].tolist()
-            assert sorted(held) == sorted(best(counts, self.ids, self.heap.shape[1]))
             assert self.keys[chart, :size].tolist() == [counts[entry] for entry in held]
             for at in range(1, size):
                 above, below = held[(at - 1) // 2], held[at]
-                assert (-counts[above], self.ids[above]) > (-counts[below], self.ids[below]), "the worst is on top"
+                assert self.key(above, counts[above]) > self.key(below, counts[below]), "the worst is on top"
             places[held] = np.arange(1, size + 1)
-        assert self.rows[:, 1].tolist() == places.tolist()
+            bound_count, bound = self.outside[chart].tolist()
+            for entry, count in counts.items():
+                if count > 0 and entry not in held:
+                    assert bound, "somebody is outside, and the bound says nobody is"
+                    assert self.key(entry, count) >= self.key(bound - 1, bound_count), "nobody stands before the bound"
+            if only_grew:
+                assert sorted(held) == sorted(best(counts, self.ids, self.heap.shape[1]))
+                # So the heap always answers for certain.
+                assert not bound or max(self.key(e, counts[e]) for e in held) < self.key(bound - 1, bound_count)
+        assert self.rows[:, 3].tolist() == places.tolist()
+        assert (self.rows[:, [0, 1, 4, 5]] == 77).all()
 
 
 # --- Heaps ------------------------------------------------------------------------------------------------------------
@@ -101,6 +119,32 @@ def test_heaps_hold_the_best_after_every_batch(
     for batch in data.draw(st.lists(st.lists(change, max_size=25), max_size=8)):
         board.play(batch)
         board.check()
+
+
+@examples(250)
+@given(data=st.data(), ids=st.permutations(IDS), size=st.integers(1, 6), charts=st.integers(1, 3))
+def test_what_counts_fall_to_leaves_the_bound_true(
+    kernels: Kernels, data: st.DataObject, ids: list[str], size: int, charts: int
+) -> None:
+    songs = songs_of(kernels, ids)
+    entries = [(song % charts, song) for song in range(len(ids))]
+    board = Board(kernels, songs, entries, size, alone=charts == 1)
+    change = st.tuples(st.integers(0, len(entries) - 1), st.integers(1, 3))
+    known: list[tuple[int, int]] = []
+    for batch, falls in data.draw(st.lists(st.tuples(st.lists(change, max_size=25), st.booleans()), max_size=8)):
+        if falls:  # some of what was counted leaves again
+            leaving = data.draw(st.lists(st.sampled_from(known), max_size=20)) if known else []
+            leaving = [one for at, one in enumerate(leaving) if leaving[:at].count(one) < known.count(one)]
+            for one in leaving:
+                known.remove(one)
+            board.play(leaving, -1)
+        else:
+            known += batch
+            board.play(batch)
+        board.check(only_grew=False)
+    board.play(known, -1)
+    board.check(only_grew=False)
+    assert not board.totals.any()
 
 
 def test_many_entries(kernels: Kernels) -> None:

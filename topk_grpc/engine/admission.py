@@ -2,7 +2,8 @@
 
 A request holds parts of several clients' batches. For each part: which of its slots this shard owns, which have counted
 the batch before, which plays are rejected. The marks are set here, so that the next part of the same group is decided
-against this one. What was decided stands in the record (only where something does not count); replay follows it.
+against this one; corrections are decided last, see `corrections`. What was decided stands in the record (only where
+something does not count); replay follows it.
 
 Theory of operation: a part is read into columns once. `Part.chosen` says which rows count, and `apply` takes it from
 there after the record is on disk.
@@ -16,6 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from topk_grpc.engine import corrections
 from topk_grpc.engine.producers import Producer
 from topk_grpc.engine.state import GLOBAL, ShardState
 from topk_grpc.errors import InvalidArgumentError
@@ -36,6 +38,7 @@ _IN_FUTURE: Final = pb.REJECT_REASON_IN_FUTURE
 _CHART_LIMIT: Final = pb.REJECT_REASON_CHART_LIMIT
 _MEMORY_LIMIT: Final = pb.REJECT_REASON_MEMORY_LIMIT
 _TOTAL_OVERFLOW: Final = pb.REJECT_REASON_TOTAL_OVERFLOW
+_NEGATIVE_BUCKET: Final = pb.REJECT_REASON_NEGATIVE_BUCKET
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,10 @@ class Part:
     Attributes:
         columns: its plays; offsets point into the request.
         hashes: of the songs.
+        corrects: whether any of its plays is a correction: has a negative count.
         chosen: uint8[n], 1 where the play counts; None: all of them.
         chart_numbers: of the columns' chart names; None where nothing names a chart.
+        plays: that it adds, all together; corrections take from them.
         outcome: what the gateway is told.
         verdict: what the log is told; None where all counts.
         changes: whether anything of it has to be logged.
@@ -73,11 +78,33 @@ class Part:
 
     columns: PlayColumns
     hashes: NDArray[np.uint64]
+    corrects: bool = False
     chosen: NDArray[np.uint8] | None = None
     chart_numbers: NDArray[np.int32] | None = None
+    plays: int = 0
     outcome: pb.BatchOutcome = field(default_factory=pb.BatchOutcome)
     verdict: pb.Verdict | None = None
     changes: bool = False
+
+
+@dataclass(slots=True)
+class Request:
+    """An AppendRequest, read.
+
+    Attributes:
+        raw: its bytes.
+        request_id: its number on its stream.
+        parts: in order, not decided yet.
+    """
+
+    raw: bytes | memoryview
+    request_id: int
+    parts: list[Part]
+
+    @property
+    def corrects(self) -> bool:
+        """Whether it holds corrections: then it is admitted when everything before it has been applied."""
+        return any(part.corrects for part in self.parts)
 
 
 @dataclass(slots=True)
@@ -103,7 +130,7 @@ class Admission:
         ).SerializeToString()
 
 
-def read_request(request: bytes | memoryview) -> tuple[list[Part], int]:
+def read_request(request: bytes | memoryview) -> Request:
     """Reads an AppendRequest into parts, without deciding anything.
 
     Raises:
@@ -124,29 +151,31 @@ def read_request(request: bytes | memoryview) -> tuple[list[Part], int]:
                 f"part {index} of the request has no producer_id or no sequence; gateways send checked batches only"
             )
         hashes = hash_strings(request, columns.song_starts, columns.song_sizes)  # type: ignore[arg-type]
-        parts.append(Part(columns, hashes))
-    return parts, int(numbers[1])
+        parts.append(Part(columns, hashes, bool(columns.count) and int(columns.counts.min()) < 0))
+    return Request(request, int(numbers[1]), parts)
 
 
-def admit(state: ShardState, request: bytes, limits: Limits) -> Admission:
+def admit(state: ShardState, read: Request, limits: Limits) -> Admission:
     """Decides about a request and sets its marks.
 
-    Raises:
-        InvalidArgumentError: its bytes are no AppendRequest; nothing was changed.
+    Args:
+        state: the shard's. Where the request holds corrections everything admitted before has been applied to it.
+        read: from `read_request`.
+        limits: what plays are held against.
     """
-    parts, request_id = read_request(request)
+    request, parts = bytes(read.raw), read.parts
     for index, part in enumerate(parts):
-        _decide(state, request, part, limits)
+        _decide(state, request, parts[:index], part, limits)
         if part.verdict is not None:
             part.verdict.batch = index
     payload: list[bytes] = []
     if any(part.changes for part in parts):
         rest = pb.AppendRecord(verdicts=[part.verdict for part in parts if part.verdict], admitted_ms=limits.now_ms)
         payload = [b"\x0a" + varint(len(request)), request, rest.SerializeToString()]
-    return Admission(request, request_id, parts, payload)
+    return Admission(request, read.request_id, parts, payload)
 
 
-def _decide(state: ShardState, request: bytes, part: Part, limits: Limits) -> None:
+def _decide(state: ShardState, request: bytes, earlier: list[Part], part: Part, limits: Limits) -> None:
     columns = part.columns
     producer_id = bytes(request[columns.producer_start : columns.producer_start + columns.producer_size])
     known = state.producers.get(producer_id)
@@ -174,7 +203,7 @@ def _decide(state: ShardState, request: bytes, part: Part, limits: Limits) -> No
             part.outcome.rejected_indexes.append(index)
             part.outcome.rejected_reasons.append(reason)  # type: ignore[arg-type]
     if part.changes:
-        rejects = _reject(state, request, part, limits)
+        rejects = _reject(state, request, earlier, part, limits)
         # By the later of both clocks: whoever is forgotten has no batch left that would still be taken for a new one.
         state.producers.seen(producer, max(limits.now_ms, columns.first_sent_ms), permanent=not columns.first_sent_ms)
         _note_rejects(state, part, producer, rejects)
@@ -191,7 +220,9 @@ def _note_rejects(state: ShardState, part: Part, producer: Producer, rejects: li
         target.rejected_reasons.extend(reason for _, reason in rejects)  # type: ignore[misc]
 
 
-def _reject(state: ShardState, request: bytes, part: Part, limits: Limits) -> list[tuple[int, int]]:
+def _reject(
+    state: ShardState, request: bytes, earlier: list[Part], part: Part, limits: Limits
+) -> list[tuple[int, int]]:
     """Takes out the plays that must not count; index and reason of each."""
     columns = part.columns
     rejects: list[tuple[int, int]] = []
@@ -210,18 +241,27 @@ def _reject(state: ShardState, request: bytes, part: Part, limits: Limits) -> li
         take_out(np.flatnonzero(columns.times_ms >= horizon), _IN_FUTURE)
     if limits.memory_bytes_max and state.memory_bytes > limits.memory_bytes_max:
         songs = state.songs.find(request, columns.song_starts, columns.song_sizes, part.hashes)
-        take_out(np.flatnonzero(songs < 0), _MEMORY_LIMIT)
+        take_out(np.flatnonzero((songs < 0) & (columns.counts > 0)), _MEMORY_LIMIT)
     total = state.boards[GLOBAL].totals(0)[0] + state.pending_plays
     if columns.count and total + columns.count * int(columns.counts.max()) > COUNT_MAX:
-        chosen = np.ones(columns.count, np.uint8) if part.chosen is None else part.chosen.copy()
+        chosen = _chosen_plays(part).copy()
         before = chosen.copy()
         reach_limit(columns.counts, chosen, total, COUNT_MAX, columns.count)
         take_out(np.flatnonzero(before != chosen), _TOTAL_OVERFLOW)
     if columns.charts_used:  # last, as replay interns the charts of plays that count, and no others
         _intern_charts(state, request, part, limits.charts_max, take_out)
+    if part.corrects:
+        take_out(corrections.refused(state, request, earlier, part), _NEGATIVE_BUCKET)
     counted = columns.counts if part.chosen is None else columns.counts[part.chosen == 1]
-    state.pending_plays += int(counted.sum())
+    part.plays = int(counted.sum())
+    state.pending_plays += part.plays
     return rejects
+
+
+def _chosen_plays(part: Part) -> NDArray[np.uint8]:
+    """1 for what has not been taken out, corrections left aside."""
+    chosen = np.ones(part.columns.count, np.uint8) if part.chosen is None else part.chosen
+    return np.where(part.columns.counts > 0, chosen, np.uint8(0)) if part.corrects else chosen
 
 
 def _intern_charts(state: ShardState, request: bytes, part: Part, charts_max: int, take_out: object) -> None:
@@ -232,9 +272,8 @@ def _intern_charts(state: ShardState, request: bytes, part: Part, charts_max: in
     hashes = hash_strings(request, starts, sizes)
     numbers = state.charts.find(request, starts, sizes, hashes)
     if (numbers < 0).any():
-        chosen = np.ones(columns.count, np.uint8) if part.chosen is None else part.chosen
         refused: list[int] = []
-        for play in np.flatnonzero(chosen).tolist():
+        for play in np.flatnonzero(_chosen_plays(part)).tolist():
             own = slice(int(columns.chart_bounds[play]), int(columns.chart_bounds[play + 1]))
             fresh = numbers[own] < 0
             if not fresh.any():
@@ -245,4 +284,6 @@ def _intern_charts(state: ShardState, request: bytes, part: Part, charts_max: in
                 continue
             numbers[own] = state.charts.add(request, starts[own], sizes[own], hashes[own])
         take_out(np.array(refused, np.intp), _CHART_LIMIT)  # type: ignore[operator]
+        if part.corrects:  # they add no chart, but may name those that were just added
+            numbers = state.charts.find(request, starts, sizes, hashes)
     part.chart_numbers = numbers

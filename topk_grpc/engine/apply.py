@@ -7,6 +7,7 @@ back, follows the record's verdicts, and ends in the same state.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from topk_grpc.engine.admission import Admission, Part, read_request
 from topk_grpc.engine.state import CHARTS, GLOBAL, ShardState
@@ -23,35 +24,50 @@ def apply(state: ShardState, admission: Admission) -> None:
     for part in admission.parts:
         if part.changes:
             apply_part(state, admission.request, part)
+            state.pending_plays -= part.plays
 
 
 def apply_part(state: ShardState, request: bytes | memoryview, part: Part) -> None:
-    """Counts the chosen plays of one part."""
+    """Counts the chosen plays of one part; corrections behind all others."""
+    if not part.corrects:
+        _count(state, request, part, part.chosen)
+        return
+    chosen = np.ones(part.columns.count, np.uint8) if part.chosen is None else part.chosen
+    for turn in (part.columns.counts > 0, part.columns.counts < 0):
+        _count(state, request, part, chosen * turn.astype(np.uint8))
+
+
+def _count(state: ShardState, request: bytes | memoryview, part: Part, chosen: NDArray[np.uint8] | None) -> None:
     columns = part.columns
     starts, sizes, hashes = columns.song_starts, columns.song_sizes, part.hashes
     times, counts = columns.times_ms, columns.counts
-    if part.chosen is not None:
-        rows = np.flatnonzero(part.chosen)
+    if chosen is not None:
+        rows = np.flatnonzero(chosen)
         starts, sizes, hashes, times, counts = starts[rows], sizes[rows], hashes[rows], times[rows], counts[rows]
     if not len(starts):
         return
     songs = state.songs.add(request, starts, sizes, hashes)
     buckets = times // state.settings.resolution_ms
-    newest = int(times.max())
-    state.newest_event_ms = newest if not state.newest_event_ms else max(newest, state.newest_event_ms)
+    state.note_times(int(times.min()), int(times.max()))
     board = state.boards[GLOBAL]
     board.add(
         songs, np.zeros(len(songs), np.int32), buckets, counts, state.songs_of(GLOBAL), state.songs, len(state.songs)
     )
-    state.pending_plays = max(0, state.pending_plays - int(counts.sum()))
     if columns.charts_used:
-        _apply_charts(state, part, songs, buckets, counts)
+        chosen = np.ones(columns.count, np.uint8) if chosen is None else chosen
+        _count_in_charts(state, part, chosen, songs, buckets, counts)
 
 
-def _apply_charts(state: ShardState, part: Part, songs: np.ndarray, buckets: np.ndarray, counts: np.ndarray) -> None:
+def _count_in_charts(  # noqa: PLR0917
+    state: ShardState,
+    part: Part,
+    chosen: NDArray[np.uint8],
+    songs: NDArray[np.int32],
+    buckets: NDArray[np.int64],
+    counts: NDArray[np.int64],
+) -> None:
     columns = part.columns
     used = columns.charts_used
-    chosen = np.ones(columns.count, np.uint8) if part.chosen is None else part.chosen
     pair_charts, pair_songs = np.empty(used, np.int32), np.empty(used, np.int32)
     pair_buckets, pair_counts = np.empty(used, np.int64), np.empty(used, np.int64)
     pairs = expand_charts(
@@ -69,6 +85,7 @@ def _apply_charts(state: ShardState, part: Part, songs: np.ndarray, buckets: np.
         state.songs_of(CHARTS),
         state.songs,
         len(state.pairs),
+        state.pairs.charts,
     )
 
 
@@ -84,7 +101,7 @@ def replay(state: ShardState, payload: memoryview) -> None:
     start, end = spans[0].tolist()
     request = payload[start:end]
     rest = pb.AppendRecord.FromString(bytes(payload[end:]))
-    parts, _ = read_request(request)
+    parts = read_request(request).parts
     verdicts = {verdict.batch: verdict for verdict in rest.verdicts}
     for index, part in enumerate(parts):
         verdict = verdicts.get(index)
@@ -120,10 +137,16 @@ def _follow(state: ShardState, request: memoryview, part: Part, verdict: pb.Verd
         numbers = np.full(used, -1, np.int32)
         chosen = np.ones(columns.count, bool) if part.chosen is None else part.chosen == 1
         wanted = np.repeat(chosen, np.diff(columns.chart_bounds))
-        numbers[wanted] = state.charts.add(
-            request,
-            starts[wanted],
-            sizes[wanted],
-            hash_strings(request, starts[wanted], sizes[wanted]),  # type: ignore[arg-type]
-        )
+        if part.corrects:  # those of corrections are known by then: so charts are numbered as they were at admission
+            plays = np.repeat(columns.counts > 0, np.diff(columns.chart_bounds))
+            named = [wanted & plays, wanted & ~plays]
+        else:
+            named = [wanted]
+        for some in named:
+            numbers[some] = state.charts.add(
+                request,
+                starts[some],
+                sizes[some],
+                hash_strings(request, starts[some], sizes[some]),  # type: ignore[arg-type]
+            )
         part.chart_numbers = numbers

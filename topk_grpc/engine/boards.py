@@ -1,11 +1,11 @@
-"""A board: entries with their counts of all time, the best of each chart in order, and their cells by time.
+"""A board: entries with their counts in each window kept, the best of each chart in order, and their cells by time.
 
 There are two in a shard. On the global board an entry is a song, under the same number, and there is one chart, 0. On
 the chart board an entry is a (chart, song) pair, numbered by a `PairTable`. Everything else is the same, so both are
 this class.
 
-An entry's row is int64[2]: its count and its place in its chart's heap, one cache line a play. Standing windows will be
-further columns of the same row.
+An entry's row is int64[2 * windows]: for each window kept its count and its place in its chart's heap, the window of
+all time first. So a play touches one cache line, whichever windows it counts in.
 """
 
 from __future__ import annotations
@@ -16,11 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.engine.cells import CellStore
-from topk_grpc.kernels.counters import add_counts
-from topk_grpc.kernels.heap import offer, select
+from topk_grpc.engine.rankings import Names, Ranking
 from topk_grpc.kernels.strings import StringTable
 
 _IDENTITY: Final = np.empty(0, np.int32)
+_ONE_CHART: Final = np.zeros(1 << 16, np.int32)
+
+
+class Span:
+    """A ranking of the plays in the buckets [start, end), kept up to date by the board."""
+
+    def __init__(self, ranking: Ranking) -> None:
+        self.ranking = ranking
+        self.start = 0
+        self.end = 0
 
 
 class Board:
@@ -28,48 +37,49 @@ class Board:
 
     Args:
         heap_size: the best entries that each chart keeps in order.
+
+    Attributes:
+        all_time: the ranking of all plays.
+        spans: the other rankings kept, by any key.
+        cells: all plays by time.
+        entry_charts: the chart of each entry; empty: all in chart 0.
     """
 
     def __init__(self, heap_size: int) -> None:
         self._heap_size = heap_size
         self._rows: NDArray[np.int64] = np.zeros((1 << 8, 2), np.int64)
         self._entries = 0
-        self._totals: NDArray[np.int64] = np.zeros((1, 2), np.int64)
-        self._heap_entries: NDArray[np.int32] = np.empty((1, heap_size), np.int32)
-        self._heap_keys: NDArray[np.int64] = np.empty((1, heap_size), np.int64)
-        self._heap_sizes: NDArray[np.int32] = np.zeros(1, np.int32)
+        self._free_columns: list[int] = []
+        self.all_time = Ranking(0, heap_size)
+        self.spans: dict[object, Span] = {}
         self.cells = CellStore()
+        self.names = Names(_IDENTITY, StringTable())
+        self.entry_charts: NDArray[np.int32] = _IDENTITY
 
     def __len__(self) -> int:
         return self._entries
 
     @property
-    def charts(self) -> int:
-        """Charts that the board has room for so far."""
-        return len(self._totals)
+    def rankings(self) -> list[Ranking]:
+        """All rankings."""
+        return [self.all_time, *(span.ranking for span in self.spans.values())]
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of all arrays; of the heaps only what is in use."""
-        heaps = 12 * int(self._heap_sizes.sum())
-        return self._rows.nbytes + self._totals.nbytes + heaps + self.cells.memory_bytes
+        return self._rows.nbytes + sum(ranking.memory_bytes for ranking in self.rankings) + self.cells.memory_bytes
 
     def _reserve(self, entries: int, charts: int) -> None:
         if entries > len(self._rows):
-            rows = np.zeros((max(entries, 2 * len(self._rows)), 2), np.int64)
-            rows[: self._entries] = self._rows[: self._entries]
-            self._rows = rows
+            self._resize(max(entries, 2 * len(self._rows)), self._rows.shape[1])
         self._entries = max(self._entries, entries)
-        if charts > self.charts:
-            known, room = self.charts, max(charts, 2 * self.charts)
-            totals = np.zeros((room, 2), np.int64)
-            heap_entries = np.empty((room, self._heap_size), np.int32)
-            heap_keys = np.empty((room, self._heap_size), np.int64)
-            heap_sizes = np.zeros(room, np.int32)
-            totals[:known], heap_sizes[:known] = self._totals, self._heap_sizes
-            heap_entries[:known], heap_keys[:known] = self._heap_entries, self._heap_keys
-            self._totals, self._heap_sizes = totals, heap_sizes
-            self._heap_entries, self._heap_keys = heap_entries, heap_keys
+        for ranking in self.rankings:
+            ranking.reserve(charts)
+
+    def _resize(self, entries: int, columns: int) -> None:
+        rows = np.zeros((entries, columns), np.int64)
+        rows[: self._entries, : self._rows.shape[1]] = self._rows[: self._entries]
+        self._rows = rows
 
     def add(  # noqa: PLR0917
         self,
@@ -80,63 +90,120 @@ class Board:
         songs: NDArray[np.int32],
         strings: StringTable,
         known: int,
+        entry_charts: NDArray[np.int32] = _IDENTITY,
     ) -> None:
-        """Counts plays.
+        """Counts plays, in all rankings that hold their buckets. Negative counts take plays back.
 
         Args:
             entries, charts, buckets, counts: of each play; the charts' and entries' numbers.
             songs: the song of each entry of the board; empty: the same number.
             strings: the song ids.
             known: how many entries there are now, new ones included.
+            entry_charts: the chart of each entry of the board; empty: all in chart 0.
         """
         if not len(entries):
             return
+        self.names, self.entry_charts = Names(songs, strings), entry_charts
         self._reserve(known, int(charts.max()) + 1)
-        add_counts(self._rows, self._totals, entries, charts, counts, len(entries))
-        offer(
-            self._heap_entries,
-            self._heap_keys,
-            self._heap_sizes,
-            self._rows,
-            songs,
-            strings.starts,
-            strings.arena,
-            charts,
-            entries,
-            len(entries),
-        )
+        self.all_time.count(self._rows, self.names, charts, entries, counts)
+        if self.spans:
+            first, last = int(buckets.min()), int(buckets.max())
+            for span in self.spans.values():
+                if span.start <= first and last < span.end:
+                    span.ranking.count(self._rows, self.names, charts, entries, counts)
+                elif first < span.end and last >= span.start:
+                    inside = (buckets >= span.start) & (buckets < span.end)
+                    span.ranking.count(self._rows, self.names, charts[inside], entries[inside], counts[inside])
         self.cells.append(buckets, entries, counts)
+
+    def charts_of(self, entries: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The charts of entries."""
+        if len(self.entry_charts):
+            return self.entry_charts[entries]
+        return _ONE_CHART[: len(entries)] if len(entries) <= len(_ONE_CHART) else np.zeros(len(entries), np.int32)
+
+    # --- Spans --------------------------------------------------------------------------------------------------------
+
+    def open_span(self, key: object) -> Span:
+        """Makes an empty ranking that `move_span` fills."""
+        if not self._free_columns:
+            column = self._rows.shape[1]
+            self._resize(len(self._rows), column + 2)
+            self._free_columns.append(column)
+        ranking = Ranking(self._free_columns.pop(), self._heap_size)
+        ranking.reserve(self.all_time.charts)
+        self.spans[key] = Span(ranking)
+        return self.spans[key]
+
+    def close_span(self, key: object) -> None:
+        """Forgets a ranking; its columns are used again."""
+        ranking = self.spans.pop(key).ranking
+        ranking.clear(self._rows)
+        self._free_columns.append(ranking.column)
+
+    def move_span(self, span: Span, start: int, end: int) -> None:
+        """Makes a span that of the buckets [start, end), by what leaves and what enters it.
+
+        Where it would move by more than its own length all is counted anew.
+        """
+        ranking = span.ranking
+        if end <= span.start or span.end <= start:
+            if span.start != span.end:
+                ranking.clear(self._rows)
+            span.start = span.end = start
+        changes = (
+            (span.start, min(start, span.end), -1),
+            (max(end, span.start), span.end, -1),
+            (start, min(span.start, end), 1),
+            (max(span.end, start), end, 1),
+        )
+        span.start, span.end = start, end
+        for first, stop, sign in changes:
+            for cells in self.cells.within(first, stop):
+                charts = self.charts_of(cells.entries)
+                ranking.count(self._rows, self.names, charts, cells.entries, cells.counts, sign)
 
     # --- Reading ------------------------------------------------------------------------------------------------------
 
     def totals(self, chart: int) -> tuple[int, int]:
         """Plays and entries of a chart, all time."""
-        if chart >= self.charts:
-            return 0, 0
-        return int(self._totals[chart, 0]), int(self._totals[chart, 1])
+        return self.all_time.totals(chart)
 
-    def best(self, chart: int, k: int) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
-        """Candidates among which the k best of all time of a chart are: its heap; None if k needs all entries."""
-        if chart >= self.charts:
-            return np.empty(0, np.int32), np.empty(0, np.int64)
-        size = int(self._heap_sizes[chart])
-        if k > size and size < int(self._totals[chart, 1]):
-            return None
-        return self._heap_entries[chart, :size], self._heap_keys[chart, :size]
+    def best(
+        self, ranking: Ranking, chart: int, k: int, *, fill: bool
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
+        """The k best of a chart in a ranking.
 
-    def count(self, entry: int) -> int:
-        """The count of one entry, all time."""
-        return int(self._rows[entry, 0])
+        Args:
+            ranking: of this board.
+            chart: its number.
+            k: how many.
+            fill: sweep over all entries where the heap does not say; else None is returned then.
+        """
+        best = ranking.best(self.names, chart, k)
+        if best is None and fill:
+            candidates = np.arange(self._entries, dtype=np.int32)
+            if len(self.entry_charts):
+                candidates = np.flatnonzero(self.entry_charts[: self._entries] == chart).astype(np.int32)
+            if k > self._heap_size:
+                return self.names.select(candidates, self._rows[candidates, ranking.column], k)
+            ranking.fill(self._rows, self.names, chart, candidates)
+            best = ranking.best(self.names, chart, k)
+        return best
 
-    def counts(self) -> NDArray[np.int64]:
-        """The count of each entry, all time: a copy."""
-        return self._rows[: self._entries, 0].copy()
+    def count(self, entry: int, ranking: Ranking | None = None) -> int:
+        """The count of one entry; all time, if no ranking is given."""
+        return int(self._rows[entry, ranking.column if ranking else 0])
+
+    def counts(self, ranking: Ranking | None = None) -> NDArray[np.int64]:
+        """The count of each entry: a copy; all time, if no ranking is given."""
+        return self._rows[: self._entries, ranking.column if ranking else 0].copy()
 
     # --- Snapshots ----------------------------------------------------------------------------------------------------
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
-        """What a snapshot keeps, copied: counts and totals. Heaps are found again from the counts."""
-        return {"counts": self.counts(), "totals": self._totals.copy()}
+        """What a snapshot keeps, copied: counts and totals of all time. The rest is found again from them and cells."""
+        return {"counts": self.counts(), "totals": self.all_time.copy_totals()}
 
     def restore(
         self,
@@ -153,32 +220,20 @@ class Board:
             charts: the chart of each entry; empty: all in chart 0.
             strings: the song ids.
         """
-        counts = arrays["counts"]
-        self._reserve(len(counts), len(arrays["totals"]))
+        counts, totals = arrays["counts"], arrays["totals"]
+        self.names, self.entry_charts = Names(songs, strings), charts
+        self._reserve(len(counts), len(totals))
         self._rows[: len(counts), 0] = counts
-        self._totals[: len(arrays["totals"])] = arrays["totals"]
+        self.all_time.restore_totals(totals)  # type: ignore[arg-type]
         if not len(charts):
-            self._restore_heap(0, np.arange(len(counts), dtype=np.int32), songs, strings)
+            self.all_time.fill(self._rows, self.names, 0, np.arange(len(counts), dtype=np.int32))
             return
         order = np.argsort(charts, kind="stable").astype(np.int32)
-        stops = np.cumsum(np.bincount(charts, minlength=self.charts))
+        stops = np.cumsum(np.bincount(charts, minlength=len(totals)))
         for chart, stop in enumerate(stops.tolist()):
             start = int(stops[chart - 1]) if chart else 0
             if stop > start:
-                self._restore_heap(chart, order[start:stop], songs, strings)
-
-    def _restore_heap(
-        self, chart: int, candidates: NDArray[np.int32], songs: NDArray[np.int32], strings: StringTable
-    ) -> None:
-        entries, counts = select(
-            songs, strings.starts, strings.arena, candidates, self._rows[candidates, 0], self._heap_size
-        )
-        size = len(entries)
-        # Worst first is a valid min-heap.
-        self._heap_entries[chart, :size] = entries[::-1]
-        self._heap_keys[chart, :size] = counts[::-1]
-        self._heap_sizes[chart] = size
-        self._rows[entries[::-1], 1] = np.arange(1, size + 1)
+                self.all_time.fill(self._rows, self.names, chart, order[start:stop])
 
 
 def global_songs() -> NDArray[np.int32]:

@@ -5,9 +5,10 @@ answered by adding up the cells within their bounds, chunk by chunk; each chunk 
 so most are passed over.
 
 A full chunk is never changed again. When a snapshot is taken, the chunks so far and the smaller of the newest blocks
-become one block: sorted by bucket, then entry, equal cells added up. A block is immutable: storage writes it once and
-maps it from then on. Until it is back from storage its chunks stay in use. A late play simply lies in a later chunk or
-block: its bucket says where it counts.
+become one block: sorted by bucket, then entry, equal cells added up, cells of an age that a coarser tier keeps brought
+into its buckets. A block is immutable: storage writes it once and maps it from then on. When all of it has grown old
+enough for the next tier it is merged once more. Until a block is back from storage what it was merged from stays in
+use. A late play simply lies in a later chunk or block: its bucket says where it counts.
 
 Rejected: a hash table per open bucket. It makes an update of a second random access per play, where sorting a
 snapshot's worth of cells costs some 40 ns a cell, off the writer's thread.
@@ -15,13 +16,14 @@ snapshot's worth of cells costs some 40 ns a cell, off the writer's thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from topk_grpc.engine.tiers import RollUp
 from topk_grpc.kernels.counters import sum_cells
 from topk_grpc.kernels.sorting import pack_keys, sum_by_key, unpack_keys
 
@@ -59,15 +61,19 @@ class Cells:
         """The columns by name, for storage."""
         return {"buckets": self.buckets, "entries": self.entries, "counts": self.counts}
 
-    def within(self, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Entries and counts of the cells whose buckets lie in [start, end)."""
+    def within(self, start: int, end: int) -> Cells:
+        """The cells whose buckets lie in [start, end)."""
         if start <= self.first and self.last < end:
-            return self.entries, self.counts
+            return self
         if self.ordered:
-            low, high = np.searchsorted(self.buckets, [start, end])
-            return self.entries[low:high], self.counts[low:high]
-        inside = (self.buckets >= start) & (self.buckets < end)
-        return self.entries[inside], self.counts[inside]
+            rows: slice | NDArray[np.bool_] = slice(*np.searchsorted(self.buckets, [start, end]))
+        else:
+            rows = (self.buckets >= start) & (self.buckets < end)
+        return self.take(rows, max(start, self.first), min(end - 1, self.last))
+
+    def take(self, rows: slice | NDArray[np.bool_], first: int, last: int) -> Cells:
+        """Some of the cells; first and last may be wider than these need."""
+        return Cells(self.buckets[rows], self.entries[rows], self.counts[rows], first, last, self.ordered)
 
 
 def ordered_cells(columns: Mapping[str, NDArray[np.generic]]) -> Cells:
@@ -76,69 +82,132 @@ def ordered_cells(columns: Mapping[str, NDArray[np.generic]]) -> Cells:
     return Cells(buckets, entries, counts, int(buckets[0]), int(buckets[-1]), ordered=True)  # type: ignore[arg-type]
 
 
-def _view(columns: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]], used: int) -> Cells:
-    buckets, entries, counts = (column[:used] for column in columns)
-    return Cells(buckets, entries, counts, int(buckets.min()), int(buckets.max()), ordered=False)  # type: ignore[arg-type]
+def merge(parts: list[Cells], roll_up: RollUp | None = None) -> Cells:
+    """The parts' cells as one ordered whole, equal (bucket, entry) pairs added up.
 
+    Args:
+        parts: at least one, none of them empty.
+        roll_up: brings cells to the buckets that their age is kept in.
 
-def merge(parts: list[Cells]) -> Cells:
-    """The parts' cells as one ordered whole, equal (bucket, entry) pairs added up; at least one cell."""
+    Returns:
+        Cells, maybe none: what cancels out, or is not kept any more, is left out.
+    """
+    if roll_up is not None:
+        parts = [_rolled(part, roll_up) for part in parts]
     first = min(part.first for part in parts)
     last = max(part.last for part in parts)
     entry_bits = max(int(part.entries.max()) for part in parts).bit_length()
     bits = entry_bits + (last - first).bit_length()
     if bits > 63:  # plays many thousands of years apart
-        return _merge_by_columns(parts, first, last)
-    rows = sum(len(part) for part in parts)
-    keys, counts = np.empty(rows, np.uint64), np.empty(rows, np.int64)
-    done = 0
-    for part in parts:
-        own = slice(done, done + len(part))
-        pack_keys(part.buckets, part.entries, first, entry_bits, keys[own], len(part))
-        counts[own] = part.counts
-        done += len(part)
-    keys, counts = sum_by_key(keys, counts, bits)
-    buckets, entries = np.empty(len(keys), np.int64), np.empty(len(keys), np.int32)
-    unpack_keys(keys, first, entry_bits, buckets, entries, len(keys))
+        buckets, entries, counts = _sum_by_columns(parts)
+    else:
+        rows = sum(len(part) for part in parts)
+        keys, values = np.empty(rows, np.uint64), np.empty(rows, np.int64)
+        done = 0
+        for part in parts:
+            own = slice(done, done + len(part))
+            pack_keys(part.buckets, part.entries, first, entry_bits, keys[own], len(part))
+            values[own] = part.counts
+            done += len(part)
+        keys, counts = sum_by_key(keys, values, bits)
+        buckets, entries = np.empty(len(keys), np.int64), np.empty(len(keys), np.int32)
+        unpack_keys(keys, first, entry_bits, buckets, entries, len(keys))
+    kept = counts != 0
+    if roll_up is not None:
+        kept &= buckets >= roll_up.first_kept
+    if not kept.all():
+        buckets, entries, counts = buckets[kept], entries[kept], counts[kept]
+    first, last = (int(buckets[0]), int(buckets[-1])) if len(buckets) else (0, 0)
     return Cells(buckets, entries, counts, first, last, ordered=True)
 
 
-def _merge_by_columns(parts: list[Cells], first: int, last: int) -> Cells:
+def _rolled(part: Cells, roll_up: RollUp) -> Cells:
+    if part.first >= max(roll_up.borders):
+        return part
+    buckets = roll_up.of(part.buckets)
+    return Cells(buckets, part.entries, part.counts, int(buckets.min()), part.last, ordered=False)
+
+
+def _sum_by_columns(parts: list[Cells]) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
     buckets = np.concatenate([part.buckets for part in parts])
     entries = np.concatenate([part.entries for part in parts])
     counts = np.concatenate([part.counts for part in parts])
     order = np.lexsort((entries, buckets))
     buckets, entries, counts = buckets[order], entries[order], counts[order]
     heads = np.flatnonzero(np.concatenate(([True], (buckets[1:] != buckets[:-1]) | (entries[1:] != entries[:-1]))))
-    return Cells(buckets[heads], entries[heads], np.add.reduceat(counts, heads), first, last, ordered=True)
+    return buckets[heads], entries[heads], np.add.reduceat(counts, heads)
 
 
-def choose_merge(chunks: list[Cells], blocks: Mapping[int, Cells]) -> list[int]:
-    """The blocks to be merged with the chunks into the next one: from the newest back, while each is small.
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """One block to be written.
+
+    Attributes:
+        chunks: that it takes in.
+        blocks: that it takes in, by number.
+    """
+
+    chunks: list[Cells]
+    blocks: dict[int, Cells]
+
+    def cells(self, roll_up: RollUp) -> Cells:
+        """Of the block; maybe none."""
+        return merge([*self.blocks.values(), *self.chunks], roll_up)
+
+
+def choose_merges(
+    chunks: list[Cells], blocks: Mapping[int, Cells], done: Mapping[int, Sequence[int]], roll_up: RollUp
+) -> list[Merge]:
+    """What a snapshot merges: the chunks with the smaller of the newest blocks, and what is due to be rolled up.
 
     So every cell is merged a logarithmic number of times, and few blocks stand, as in a log-structured merge tree
-    (O'Neil et al., "The log-structured merge-tree", Acta Informatica 33, 1996). A block beyond `BLOCK_CELLS` is left
-    as it is.
+    (O'Neil et al., "The log-structured merge-tree", Acta Informatica 33, 1996), and once more for each tier. A block
+    beyond `BLOCK_CELLS` is merged again only to be rolled up.
+
+    Args:
+        chunks: all that are closed.
+        blocks: those that stand, by number.
+        done: the borders when each was merged.
+        roll_up: what merging does now.
     """
-    gathered = sum(len(chunk) for chunk in chunks)
-    chosen = []
+    aged = {number: block for number, block in blocks.items() if block.last < roll_up.borders[0]}
+    due = {number: block for number, block in aged.items() if roll_up.is_due(block.last, done.get(number, ()))}
+    fresh = {number: block for number, block in blocks.items() if number not in aged}
+    rest = {number: block for number, block in aged.items() if number not in due}
+    merges = []
+    if chunks:
+        merges.append(Merge(chunks, _smaller(sum(map(len, chunks)), fresh)))
+    if due:
+        merges.append(Merge([], due | _smaller(sum(map(len, due.values())), rest)))
+    return merges
+
+
+def _smaller(gathered: int, blocks: Mapping[int, Cells]) -> dict[int, Cells]:
+    """From the newest back, as long as each is at most twice what has been gathered."""
+    chosen = {}
     for number in sorted(blocks, reverse=True):
         size = len(blocks[number])
         if size > 2 * gathered or size > BLOCK_CELLS:
             break
-        chosen.append(number)
+        chosen[number] = blocks[number]
         gathered += size
     return chosen
 
 
 class CellStore:
-    """All cells of one board. One writer."""
+    """All cells of one board. One writer.
+
+    Attributes:
+        done: the borders of the tiers when each block was merged.
+    """
 
     def __init__(self) -> None:
         self._open = self._new_chunk()
         self._used = 0
+        self._first = self._last = 0
         self._chunks: list[Cells] = []
         self._blocks: dict[int, Cells] = {}
+        self.done: dict[int, tuple[int, ...]] = {}
 
     @staticmethod
     def _new_chunk() -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
@@ -152,7 +221,11 @@ class CellStore:
     def append(self, buckets: NDArray[np.int64], entries: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         """Adds cells, in any order."""
         done = 0
+        if len(buckets):
+            first, last = int(buckets.min()), int(buckets.max())
         while done < len(buckets):
+            # The spans of the chunks on both sides may turn out too wide by what fell into the other: no harm.
+            self._first, self._last = (min(self._first, first), max(self._last, last)) if self._used else (first, last)
             step = min(len(buckets) - done, CHUNK_CELLS - self._used)
             taken, given = slice(self._used, self._used + step), slice(done, done + step)
             open_buckets, open_entries, open_counts = self._open
@@ -164,39 +237,46 @@ class CellStore:
 
     def _close_chunk(self) -> None:
         if self._used:
-            self._chunks.append(_view(self._open, self._used))
+            self._chunks.append(self._open_cells())
             self._open = self._new_chunk()
             self._used = 0
+
+    def _open_cells(self) -> Cells:
+        buckets, entries, counts = (column[: self._used] for column in self._open)
+        return Cells(buckets, entries, counts, self._first, self._last, ordered=False)  # type: ignore[arg-type]
 
     def _all(self) -> Iterator[Cells]:
         yield from self._blocks.values()
         yield from self._chunks
         if self._used:
-            yield _view(self._open, self._used)
+            yield self._open_cells()
+
+    def within(self, start: int, end: int) -> Iterator[Cells]:
+        """All cells of the buckets [start, end), in pieces that are not empty."""
+        for cells in self._all():
+            if start < end and cells.first < end and cells.last >= start and len(piece := cells.within(start, end)):
+                yield piece
 
     def sums(self, start: int, end: int, entries: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Each entry's plays in the buckets [start, end): entries, each once, and their sums.
+        """Each entry's plays in the buckets [start, end): entries, ascending, each once, and their sums, none 0.
 
         Args:
             start, end: bucket numbers.
             entries: how many entries the board has.
         """
-        pieces = [cells.within(start, end) for cells in self._all() if cells.first < end and cells.last >= start]
-        cells = sum(len(piece) for piece, _ in pieces)
+        pieces = list(self.within(start, end))
+        cells = sum(map(len, pieces))
         if 16 * cells < entries:  # sparse: sort the few cells instead of sweeping over all entries
             if not cells:
                 return np.empty(0, np.int32), np.empty(0, np.int64)
-            some = merge(
-                [
-                    Cells(np.zeros(len(piece), np.int64), piece, counts, 0, 0, ordered=False)
-                    for piece, counts in pieces
-                    if len(piece)
-                ]
+            as_one = (
+                Cells(np.zeros(len(one), np.int64), one.entries, one.counts, 0, 0, ordered=False) for one in pieces
             )
+            some = merge(list(as_one))
             return some.entries, some.counts
         sums = np.zeros(entries, np.int64)
-        for piece, counts in pieces:
-            sum_cells(piece, counts, sums, len(piece))
+        for piece in pieces:
+            sum_cells(piece.entries, piece.counts, sums, len(piece))
         present = np.flatnonzero(sums).astype(np.int32)
         return present, sums[present]
 
@@ -208,17 +288,28 @@ class CellStore:
         return self._blocks
 
     def take_chunks(self) -> list[Cells]:
-        """The chunks that a snapshot taken now turns into a block; they stay in use until `replace_chunks`."""
+        """The chunks that a snapshot taken now turns into a block; they stay in use until `replace`."""
         self._close_chunk()
         return list(self._chunks)
 
-    def replace(self, chunks: int, blocks: Iterable[int], block_id: int, block: Cells) -> None:
-        """Uses a block instead of the first `chunks` chunks and the blocks that it was merged from."""
-        del self._chunks[:chunks]
-        for merged in blocks:
-            del self._blocks[merged]
-        self._blocks[block_id] = block
+    def replace(self, merged: Merge, number: int, block: Cells | None, done: Sequence[int]) -> None:
+        """Uses a block, or nothing where all has cancelled out, for the first chunks and the blocks that it took in.
 
-    def restore_blocks(self, blocks: Mapping[int, Cells]) -> None:
+        Args:
+            merged: what it was merged from.
+            number: the block's.
+            block: None: nothing was left.
+            done: the borders when it was merged.
+        """
+        del self._chunks[: len(merged.chunks)]
+        for taken in merged.blocks:
+            del self._blocks[taken]
+            self.done.pop(taken, None)
+        if block is not None:
+            self._blocks[number] = block
+            self.done[number] = tuple(done)
+
+    def restore_blocks(self, blocks: Mapping[int, Cells], done: Mapping[int, Sequence[int]]) -> None:
         """Begins with these blocks."""
         self._blocks = dict(blocks)
+        self.done = {number: tuple(borders) for number, borders in done.items() if number in blocks}

@@ -1,8 +1,8 @@
-"""What one shard answers about a chart and a span of time.
+"""What one shard answers about a chart and a window.
 
-Every answer begins with candidates: entries with their counts, of which those of the chart asked for are kept. For all
-time and k within the heap these are the heap's, which costs O(k); everything else sums cells or sweeps over all
-entries, and says so by `scans`, so that its owner can queue it.
+For all time and for standing windows the k best come from a heap, which costs O(k). Every other answer begins with
+candidates: entries with their counts, from the board's rows, from the cells within the window, or from sessions. That
+sweeps over all entries, and `scans` says so, so that its owner can queue it.
 
 Each song lives on one shard, so the k best of all shards' k best are the cluster's k best.
 """
@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from topk_grpc.engine.rankings import Names, Ranking
+from topk_grpc.engine.sessions import Past, RolledUpError, Sessions, open_sessions
 from topk_grpc.engine.state import CHARTS, GLOBAL, ShardState
 from topk_grpc.kernels.heap import compare_with, select
 from topk_grpc.model import Bounds, Window
 
 _NONE = np.empty(0, np.int32), np.empty(0, np.int64)
+_NO_SESSIONS = Sessions(*_NONE, np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +81,60 @@ def _chart_number(state: ShardState, chart: str) -> int | None:
     return number if number >= 0 else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """Entries of a scope, ascending, with their counts, some of which may be 0; and their sessions."""
+
+    entries: NDArray[np.int32]
+    counts: NDArray[np.int64]
+    sessions: Sessions | None = None
+
+    @property
+    def totals(self) -> Totals:
+        return Totals(int(self.counts.sum()), int(np.count_nonzero(self.counts)))
+
+
+def _ranking(state: ShardState, scope: Scope) -> Ranking | None:
+    """The ranking that is kept up to date for a scope; None: cells have to be summed."""
+    if scope.bounds is None:
+        return state.boards[scope.board].all_time
+    if scope.gap_ms:
+        return None
+    span = state.standing.span(scope.board, scope.bounds)
+    return span.ranking if span is not None else None
+
+
 def scans(state: ShardState, scope: Scope, k: int) -> bool:
     """Whether `top_k` has to look at more than a heap."""
+    ranking = _ranking(state, scope)
+    if ranking is None:
+        return True
     number = _chart_number(state, scope.chart)
-    return scope.bounds is not None or (number is not None and state.boards[scope.board].best(number, k) is None)
+    return number is not None and state.boards[scope.board].best(ranking, number, k, fill=False) is None
 
 
-def _candidates(state: ShardState, scope: Scope) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """All entries of a scope with their counts; some may be 0."""
+def _check(state: ShardState, bounds: Bounds) -> None:
+    state.tiers.check(bounds, state.newest_event_ms, state.oldest_event_ms)
+
+
+def _candidates(state: ShardState, scope: Scope) -> _Candidates:
+    """All entries of a scope.
+
+    Raises:
+        OutOfRangeError: the buckets kept for its time are too coarse.
+    """
     number = _chart_number(state, scope.chart)
-    if number is None:
-        return _NONE
     board = state.boards[scope.board]
-    if scope.bounds is None:
-        entries, counts = np.arange(len(board), dtype=np.int32), board.counts()
-    else:
+    if scope.gap_ms and scope.bounds is not None:
+        return _session_candidates(state, scope, scope.bounds, number)
+    ranking = _ranking(state, scope)
+    if ranking is None and scope.bounds is not None:
+        _check(state, scope.bounds)
+    if number is None:
+        return _Candidates(*_NONE)
+    if ranking is not None:
+        entries, counts = np.arange(len(board), dtype=np.int32), board.counts(ranking)
+    elif scope.bounds is not None:
         resolution = state.settings.resolution_ms
         entries, counts = board.cells.sums(
             scope.bounds.start_ms // resolution, scope.bounds.end_ms // resolution, len(board)
@@ -100,78 +142,117 @@ def _candidates(state: ShardState, scope: Scope) -> tuple[NDArray[np.int32], NDA
     if scope.board == CHARTS:
         inside = state.pairs.charts[entries] == number
         entries, counts = entries[inside], counts[inside]
-    return entries, counts
+    return _Candidates(entries, counts)
 
 
-def _ranked(state: ShardState, scope: Scope, entries: NDArray[np.int32], counts: NDArray[np.int64]) -> Ranked:
+def _session_candidates(state: ShardState, scope: Scope, bounds: Bounds, number: int | None) -> _Candidates:
+    """The entries with an open session."""
+    if number is None:
+        return _Candidates(*_NONE, _NO_SESSIONS)
+    resolution, board = state.settings.resolution_ms, state.boards[scope.board]
+    roll_up = state.roll_up
+    oldest = state.oldest_event_ms
+    lost = roll_up.first_kept if oldest is not None and oldest // resolution < roll_up.first_kept else None
+    eligible = state.pairs.charts == number if scope.board == CHARTS else None
+    try:
+        found = open_sessions(
+            board.cells,
+            len(board),
+            eligible,
+            scope.gap_ms // resolution,
+            bounds.end_ms // resolution,
+            Past(roll_up.borders[0], lost, roll_up),
+        )
+    except RolledUpError:
+        raise state.tiers.refusal(
+            bounds, state.newest_event_ms, "may hold sessions that began before the finest buckets kept"
+        ) from None
+    return _Candidates(found.entries, found.counts, found)
+
+
+def _spans(state: ShardState, candidates: _Candidates, entries: NDArray[np.int32]) -> list[Bounds] | None:
+    """How far the sessions of some of the candidates reach; None where no sessions are counted."""
+    if candidates.sessions is None:
+        return None
+    resolution = state.settings.resolution_ms
+    at = np.searchsorted(candidates.entries, entries)
+    starts, lasts = candidates.sessions.starts[at], candidates.sessions.lasts[at]
+    return [
+        Bounds(start * resolution, last * resolution + resolution)
+        for start, last in zip(starts.tolist(), lasts.tolist(), strict=True)
+    ]
+
+
+def _ranked(
+    state: ShardState,
+    scope: Scope,
+    entries: NDArray[np.int32],
+    counts: NDArray[np.int64],
+    sessions: list[Bounds] | None = None,
+) -> Ranked:
     songs = state.songs_of(scope.board)
     numbers = songs[entries] if len(songs) else entries
-    return Ranked(state.songs.texts(numbers), counts.tolist())
-
-
-def _select(
-    state: ShardState, scope: Scope, entries: NDArray[np.int32], counts: NDArray[np.int64], k: int
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    return select(
-        state.songs_of(scope.board),
-        state.songs.starts,
-        state.songs.arena,
-        np.ascontiguousarray(entries),
-        np.ascontiguousarray(counts),
-        k,
-    )
+    return Ranked(state.songs.texts(numbers), counts.tolist(), sessions)
 
 
 def top_k(state: ShardState, scope: Scope, k: int) -> tuple[Ranked, Totals]:
-    """The shard's k best of a scope."""
-    number = _chart_number(state, scope.chart)
-    if number is None:
-        return Ranked([], []), Totals(0, 0)
+    """The shard's k best of a scope.
+
+    Raises:
+        OutOfRangeError: the buckets kept for its time are too coarse.
+    """
+    ranking, number = _ranking(state, scope), _chart_number(state, scope.chart)
     board = state.boards[scope.board]
-    best = board.best(number, k) if scope.bounds is None else None
-    if best is not None:
-        return _ranked(state, scope, *_select(state, scope, *best, k)), Totals(*board.totals(number))
-    entries, counts = _candidates(state, scope)
-    totals = Totals(int(counts.sum()), int(np.count_nonzero(counts)))
-    return _ranked(state, scope, *_select(state, scope, entries, counts, k)), totals
+    if ranking is not None and number is not None:
+        best = board.best(ranking, number, k, fill=True)
+        if best is not None:
+            return _ranked(state, scope, *best), Totals(*ranking.totals(number))
+    candidates = _candidates(state, scope)
+    names = Names(state.songs_of(scope.board), state.songs)
+    entries, counts = names.select(candidates.entries, candidates.counts, k)
+    return _ranked(state, scope, entries, counts, _spans(state, candidates, entries)), candidates.totals
 
 
 def totals(state: ShardState, scope: Scope) -> Totals:
     """Plays and songs of a scope."""
-    if scope.bounds is None:
-        number = _chart_number(state, scope.chart)
-        return Totals(*state.boards[scope.board].totals(number)) if number is not None else Totals(0, 0)
-    _, counts = _candidates(state, scope)
-    return Totals(int(counts.sum()), int(np.count_nonzero(counts)))
+    ranking = _ranking(state, scope)
+    if ranking is None:
+        return _candidates(state, scope).totals
+    number = _chart_number(state, scope.chart)
+    return Totals(*ranking.totals(number)) if number is not None else Totals(0, 0)
 
 
 def counts_of(state: ShardState, scope: Scope, song_ids: Sequence[str]) -> tuple[Ranked, Totals]:
-    """The counts of songs in a scope, in the order asked; 0 where there is none."""
-    counts, total = _counts_of(state, scope, song_ids)
-    return Ranked(list(song_ids), counts), total
+    """The counts of songs in a scope, in the order asked; 0 where there is none.
 
-
-def _counts_of(state: ShardState, scope: Scope, song_ids: Sequence[str]) -> tuple[list[int], Totals]:
+    Raises:
+        OutOfRangeError: the buckets kept for its time are too coarse.
+    """
     songs = state.songs.find_texts(list(song_ids))
     number = _chart_number(state, scope.chart)
-    if number is None:
-        return [0] * len(songs), Totals(0, 0)
+    wanted = songs
     if scope.board == CHARTS:
         wanted = np.full(len(songs), -1, np.int32)
         known = songs >= 0
-        wanted[known] = state.pairs.find(np.full(int(known.sum()), number, np.int32), songs[known])
-    else:
-        wanted = songs
-    if scope.bounds is None:
-        board = state.boards[scope.board]
-        return [board.count(entry) if entry >= 0 else 0 for entry in wanted.tolist()], Totals(*board.totals(number))
-    entries, counts = _candidates(state, scope)  # entries ascend
-    at = np.searchsorted(entries, wanted)
-    found = [
-        int(counts[place]) if entry >= 0 and place < len(entries) and entries[place] == entry else 0
-        for place, entry in zip(at.tolist(), wanted.tolist(), strict=True)
-    ]
-    return found, Totals(int(counts.sum()), int(np.count_nonzero(counts)))
+        if number is not None:
+            wanted[known] = state.pairs.find(np.full(int(known.sum()), number, np.int32), songs[known])
+    ranking, board = _ranking(state, scope), state.boards[scope.board]
+    if ranking is not None:
+        found = [board.count(entry, ranking) if 0 <= entry < len(board) else 0 for entry in wanted.tolist()]
+        return Ranked(list(song_ids), found), totals(state, scope)
+    candidates = _candidates(state, scope)
+    size = len(candidates.entries)
+    at = np.minimum(np.searchsorted(candidates.entries, wanted), max(size - 1, 0))
+    there = candidates.entries[at] == wanted if size else np.zeros(len(wanted), np.bool_)
+    counts = np.where(there, candidates.counts[at], 0).tolist() if size else [0] * len(wanted)
+    sessions = None
+    if candidates.sessions is not None:
+        sessions = [Bounds(0, 0)] * len(wanted)
+        for place, span in zip(
+            np.flatnonzero(there).tolist(), _spans(state, candidates, wanted[there]) or (), strict=True
+        ):
+            sessions[place] = span
+    return Ranked(list(song_ids), counts, sessions), candidates.totals
 
 
 def standings(
@@ -185,23 +266,17 @@ def standings(
         places: song ids with their counts, each at least 1; the songs may be other shards'.
         neighbours: how many entries before and after each to return.
     """
-    entries, counts = _candidates(state, scope)
-    result = [_standing(state, scope, entries, counts, place, neighbours=neighbours) for place in places]
-    return result, Totals(int(counts.sum()), int(np.count_nonzero(counts)))
+    candidates = _candidates(state, scope)
+    return [_standing(state, scope, candidates, place, neighbours=neighbours) for place in places], candidates.totals
 
 
 def _standing(
-    state: ShardState,
-    scope: Scope,
-    entries: NDArray[np.int32],
-    counts: NDArray[np.int64],
-    place: tuple[str, int],
-    *,
-    neighbours: int,
+    state: ShardState, scope: Scope, candidates: _Candidates, place: tuple[str, int], *, neighbours: int
 ) -> PlaceStanding:
     """What stands around one place. Only entries of the same count are compared by name."""
     song_id, count = place
     name = song_id.encode()
+    entries, counts = candidates.entries, candidates.counts
     higher = counts > count
     ties = np.flatnonzero(counts == count)
     sides = np.empty(len(ties), np.int8)
@@ -222,11 +297,12 @@ def _standing(
                 distances = np.abs(counts[rows] - count)
                 rows = rows[distances <= np.partition(distances, missing - 1)[missing - 1]]
             rows = np.concatenate((rows, tied))
-        chosen = select(
+        chosen, plays = select(
             songs, strings.starts, strings.arena, entries[rows], counts[rows], neighbours, backwards=backwards
         )
         step = -1 if backwards else 1
-        return _ranked(state, scope, chosen[0][::step], chosen[1][::step])
+        chosen, plays = chosen[::step], plays[::step]
+        return _ranked(state, scope, chosen, plays, _spans(state, candidates, chosen))
 
     above = nearest(ties[sides > 0], higher, backwards=True)
     below = nearest(ties[sides < 0], (counts < count) & (counts > 0), backwards=False)

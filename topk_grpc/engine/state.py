@@ -7,23 +7,25 @@ shard that was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.engine.boards import Board, global_songs
-from topk_grpc.engine.cells import Cells, ordered_cells
+from topk_grpc.engine.cells import ordered_cells
 from topk_grpc.engine.producers import Producers
-from topk_grpc.errors import ForeignDirectoryError
+from topk_grpc.engine.standing import StandingWindows
+from topk_grpc.engine.tiers import RollUp, Tier, Tiers, everything_at, parse_tiers
+from topk_grpc.errors import ForeignDirectoryError, OutOfRangeError, VersionError
 from topk_grpc.kernels.pairs import PairTable
 from topk_grpc.kernels.strings import StringTable
-from topk_grpc.model import ClusterSettings
+from topk_grpc.model import Bounds, ClusterSettings, Window, parse_window
 
 GLOBAL: Final = "global"
 CHARTS: Final = "charts"
-STATE_FORMAT: Final = 1
+STATE_FORMAT: Final = 2
 
 
 def check_settings(kept: ClusterSettings, present: ClusterSettings) -> None:
@@ -45,6 +47,7 @@ class ShardState:
     Args:
         settings: the cluster's.
         heap_size: the best entries that each chart keeps in order.
+        tiers: how fine the plays of each age are kept; None: all at the resolution.
 
     Attributes:
         songs, charts: the interned names; chart 0 is the global one, the empty name.
@@ -53,11 +56,15 @@ class ShardState:
         producers: marks, rejects and times of producers.
         owned: uint8[slots], 1 where this shard owns the slot.
         newest_event_ms: the time of the newest play; 0 without any.
+        oldest_event_ms: the time of the oldest play; None without any.
+        tiers: how fine the plays of each age are kept.
+        standing: the windows kept up to date.
         pending_plays: plays admitted and not yet applied; they count against the largest total.
     """
 
-    def __init__(self, settings: ClusterSettings, heap_size: int) -> None:
+    def __init__(self, settings: ClusterSettings, heap_size: int, tiers: Sequence[Tier] | None = None) -> None:
         self.settings = settings
+        self.tiers = Tiers(tiers or everything_at(settings.resolution_ms))
         self.songs = StringTable()
         self.charts = StringTable()
         self.charts.add_texts([""])
@@ -66,7 +73,9 @@ class ShardState:
         self.producers = Producers()
         self.owned: NDArray[np.uint8] = np.zeros(settings.slots, np.uint8)
         self.newest_event_ms = 0
+        self.oldest_event_ms: int | None = None
         self.pending_plays = 0
+        self.standing = StandingWindows(self.boards, settings.resolution_ms)
 
     @property
     def entries(self) -> int:
@@ -82,6 +91,38 @@ class ShardState:
     def own(self, slots: Iterable[int]) -> None:
         """Owns these slots from here on."""
         self.owned[list(slots)] = 1
+
+    def configure(self, tiers: Sequence[Tier], standing: Iterable[Window]) -> None:
+        """Keeps plays in these tiers and these windows standing from here on."""
+        windows = tuple(standing)
+        self.tiers = self.tiers.changed(tiers, windows, self.newest_event_ms)
+        self.standing.set(windows)
+
+    def can_cut(self, bounds: Bounds) -> bool:
+        """Whether a window can be cut at these bounds."""
+        try:
+            self.tiers.check(bounds, self.newest_event_ms, self.oldest_event_ms)
+        except OutOfRangeError:
+            return False
+        return True
+
+    def move_standing(self, window: Window, bounds: Bounds) -> None:
+        """Brings a standing window to bounds; folds it where they cannot be cut."""
+        if self.can_cut(bounds):
+            self.standing.move(window, bounds)
+        else:
+            self.standing.fold(window)
+
+    def note_times(self, oldest_ms: int, newest_ms: int) -> None:
+        """Takes note of the times of plays that are counted."""
+        known = self.oldest_event_ms
+        self.oldest_event_ms = oldest_ms if known is None else min(known, oldest_ms)
+        self.newest_event_ms = newest_ms if known is None else max(newest_ms, self.newest_event_ms)
+
+    @property
+    def roll_up(self) -> RollUp:
+        """What merging does now to cells by their age."""
+        return self.tiers.roll_up(self.newest_event_ms)
 
     @property
     def slots_bitmap(self) -> bytes:
@@ -111,6 +152,14 @@ class ShardState:
             "partitioner": self.settings.partitioner,
             "resolution_ms": self.settings.resolution_ms,
             "newest_event_ms": self.newest_event_ms,
+            "oldest_event_ms": self.oldest_event_ms,
+            "tiers": str(self.tiers),
+            "tier_floors": self.tiers.floors,
+            "standing_windows": [str(window) for window in self.standing],
+            "blocks_rolled_up": {
+                name: {str(number): done for number, done in board.cells.done.items()}
+                for name, board in self.boards.items()
+            },
             "owned": np.flatnonzero(self.owned).tolist(),
             "producers": producers,
         }
@@ -136,6 +185,11 @@ class ShardState:
         Raises:
             ForeignDirectoryError: the snapshot was taken in a cluster with other settings.
         """
+        if meta["state_format"] != STATE_FORMAT:
+            raise VersionError(
+                f"the snapshot's state has format {meta['state_format']}, this release reads {STATE_FORMAT}: start the"
+                " release that wrote it"
+            )
         check_settings(ClusterSettings(meta["slots"], meta["partitioner"], meta["resolution_ms"]), settings)
 
         def part(prefix: str) -> dict[str, NDArray[np.generic]]:
@@ -150,12 +204,13 @@ class ShardState:
             charts = state.pairs.charts if name == CHARTS else global_songs()
             board.restore(part(name), state.songs_of(name), charts, state.songs)
             board.cells.restore_blocks(
-                {number: ordered_cells(columns) for number, columns in blocks.get(name, {}).items()}
+                {number: ordered_cells(columns) for number, columns in blocks.get(name, {}).items()},
+                {int(number): done for number, done in meta["blocks_rolled_up"][name].items()},
             )
+        standing = [parse_window(text) for text in meta["standing_windows"]]
+        state.tiers = Tiers(parse_tiers(meta["tiers"], settings.resolution_ms), standing, meta["tier_floors"])
+        state.standing.set(standing)
         state.newest_event_ms = meta["newest_event_ms"]
+        state.oldest_event_ms = meta["oldest_event_ms"]
         state.own(meta["owned"])
         return state
-
-    def take_chunks(self) -> dict[str, list[Cells]]:
-        """For each board the chunks that a snapshot taken now turns into a block."""
-        return {name: board.cells.take_chunks() for name, board in self.boards.items()}

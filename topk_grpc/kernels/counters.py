@@ -1,8 +1,4 @@
-"""Counting: plays into entries' rows, cells into sums, charts' plays into pairs.
-
-A board's `rows` is int64[entries, 2]: count and place in the chart's heap, one row an entry, so that a play touches one
-cache line. A new row is all zero: no plays, and place 0 stands for "not in the heap" (places are kept plus 1).
-"""
+"""Small sums: cells into entries' sums, charts' plays into pairs, running totals against a limit."""
 
 from __future__ import annotations
 
@@ -56,34 +52,6 @@ def expand_charts(
                 out += 1
             play += 1
     return out
-
-
-def add_counts(
-    rows: cython.longlong[:, ::1],
-    totals: cython.longlong[:, ::1],
-    entries: cython.int[::1],
-    charts: cython.int[::1],
-    counts: cython.longlong[::1],
-    plays: cython.Py_ssize_t,
-) -> None:
-    """Adds plays to their entries and their charts' totals.
-
-    Args:
-        rows: int64[entries, 2].
-        totals: int64[charts, 2]: plays, and entries that have any.
-        entries, charts, counts: of each play.
-        plays: how many.
-    """
-    if not cython.compiled:
-        rows, totals, entries = memoryview(rows), memoryview(totals), memoryview(entries)
-        charts, counts = memoryview(charts), memoryview(counts)
-    i: cython.Py_ssize_t
-    with cython.nogil:
-        for i in range(plays):
-            if rows[entries[i], 0] == 0:
-                totals[charts[i], 1] += 1
-            rows[entries[i], 0] += counts[i]
-            totals[charts[i], 0] += counts[i]
 
 
 def sum_cells(

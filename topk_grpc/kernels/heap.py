@@ -1,11 +1,17 @@
-"""The best entries of each chart, kept as plays arrive: an indexed binary min-heap a chart, and selection by the same.
+"""Counting plays, and the best entries of each chart kept in order meanwhile: an indexed binary min-heap a chart.
 
 An entry stands before another when its count is higher, or the counts are equal and its song_id is smaller as bytes.
 The root is the worst of the best: a play's entry is let in only when it beats the root, so that most plays cost one
-comparison. Each heap keeps its own copy of its entries' counts: keys then change one at a time, by `offer`, however
-many rows a batch has changed before, and every step works on a valid heap. (With keys read from the rows a heap is
-wrong in several places at once, and sifting entry by entry does not mend that.) Where an entry lies in its heap is
-kept in its row, plus 1; 0 is "not in it".
+comparison. A row holds an entry's count in one column and, in the next, where the entry lies in its chart's heap, plus
+1; 0 is "not in it". So a play touches one cache line. Heaps keep their own copy of their entries' counts, since a row
+may be changed by several plays before anybody looks.
+
+Counts also fall: a bucket leaves a window, a correction takes plays back. An entry of the heap then sinks, and may end
+behind entries that are not in it. They cannot be found without looking at all, so each chart keeps a bound: the best
+entry that was ever refused or driven out since the heap was last filled, with the count it had. None outside stands
+before the bound, as long as those outside that grow are offered again. So the k best of the heap are the k best of all
+while the last of them does not stand behind the bound; when it does, the heap is filled anew by selection. While counts
+only grow that never happens: whoever is driven out stands behind the root.
 
 Source: J. W. J. Williams, "Algorithm 232: Heapsort", CACM 7 (1964); the index as in Sedgewick & Wayne, "Algorithms",
 section 2.4.
@@ -73,6 +79,7 @@ def _sift_down(
     size: cython.Py_ssize_t,
     at: cython.Py_ssize_t,
     rows: cython.longlong[:, ::1],
+    place: cython.Py_ssize_t,
     songs: cython.const[cython.int][::1],
     starts: cython.const[cython.longlong][::1],
     arena: cython.const[cython.uchar][::1],
@@ -103,12 +110,12 @@ def _sift_down(
         entries[chart, at] = entries[chart, child]
         keys[chart, at] = keys[chart, child]
         if indexed:
-            rows[entries[chart, at], 1] = at + 1
+            rows[entries[chart, at], place] = at + 1
         at = child
     entries[chart, at] = entry
     keys[chart, at] = key
     if indexed:
-        rows[entry, 1] = at + 1
+        rows[entry, place] = at + 1
 
 
 @cython.cfunc
@@ -120,6 +127,7 @@ def _sift_up(
     chart: cython.Py_ssize_t,
     at: cython.Py_ssize_t,
     rows: cython.longlong[:, ::1],
+    place: cython.Py_ssize_t,
     songs: cython.const[cython.int][::1],
     starts: cython.const[cython.longlong][::1],
     arena: cython.const[cython.uchar][::1],
@@ -137,68 +145,119 @@ def _sift_up(
         entries[chart, at] = entries[chart, parent]
         keys[chart, at] = keys[chart, parent]
         if indexed:
-            rows[entries[chart, at], 1] = at + 1
+            rows[entries[chart, at], place] = at + 1
         at = parent
     entries[chart, at] = entry
     keys[chart, at] = key
     if indexed:
-        rows[entry, 1] = at + 1
+        rows[entry, place] = at + 1
 
 
-def offer(
-    entries: cython.int[:, ::1],
-    keys: cython.longlong[:, ::1],
-    sizes: cython.int[::1],
-    rows: cython.longlong[:, ::1],
+@cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _leave_outside(
+    outside: cython.longlong[:, ::1],
+    chart: cython.Py_ssize_t,
+    count: cython.longlong,
+    entry: cython.Py_ssize_t,
     songs: cython.const[cython.int][::1],
     starts: cython.const[cython.longlong][::1],
     arena: cython.const[cython.uchar][::1],
-    charts: cython.int[::1],
-    changed: cython.int[::1],
+) -> cython.void:
+    """Moves the chart's bound so that this entry does not stand before it."""
+    bound: cython.Py_ssize_t = cython.cast(cython.Py_ssize_t, outside[chart, 1]) - 1
+    if bound < 0 or (
+        (count > outside[chart, 0])
+        if bound == entry
+        else _before(count, entry, outside[chart, 0], bound, songs, starts, arena, False)
+    ):
+        outside[chart, 0] = count
+        outside[chart, 1] = entry + 1
+
+
+def count_plays(
+    rows: cython.longlong[:, ::1],
+    column: cython.Py_ssize_t,
+    totals: cython.longlong[:, ::1],
+    entries: cython.int[:, ::1],
+    keys: cython.longlong[:, ::1],
+    sizes: cython.int[::1],
+    outside: cython.longlong[:, ::1],
+    songs: cython.const[cython.int][::1],
+    starts: cython.const[cython.longlong][::1],
+    arena: cython.const[cython.uchar][::1],
+    charts: cython.const[cython.int][::1],
+    changed: cython.const[cython.int][::1],
+    counts: cython.const[cython.longlong][::1],
+    sign: cython.longlong,
     changes: cython.Py_ssize_t,
 ) -> None:
-    """Brings heaps up to date after entries' counts have grown.
+    """Adds plays to their entries' counts, to their charts' totals, and brings the heaps up to date.
 
     Args:
+        rows: int64[entries, columns]; a new row is all zero.
+        column: of the counts; the next one holds the places in the heaps.
+        totals: int64[charts, 2]: plays, and entries whose count is not 0.
         entries, keys: int32 and int64[charts, heap size], the heaps.
         sizes: int32[charts], entries in each.
-        rows: int64[entries, 2], counts (already changed) and places (kept here).
+        outside: int64[charts, 2], the bound of each chart: a count, and an entry plus 1; 0: nobody is outside.
         songs: int32[entries], the song of each entry; empty: an entry's number is its song's.
         starts, arena: of the song ids, as in `StringTable`.
-        charts, changed: chart and entry of each change; an entry may occur several times.
+        charts, changed, counts: chart, entry and plays of each change; an entry may occur several times.
+        sign: 1 to add the plays, -1 to take them away.
         changes: how many.
     """
     if not cython.compiled:
-        entries, keys, sizes, rows = memoryview(entries), memoryview(keys), memoryview(sizes), memoryview(rows)
-        songs, starts, arena = memoryview(songs), memoryview(starts), memoryview(arena)
-        charts, changed = memoryview(charts), memoryview(changed)
+        rows, totals, entries, keys = memoryview(rows), memoryview(totals), memoryview(entries), memoryview(keys)
+        sizes, outside, songs = memoryview(sizes), memoryview(outside), memoryview(songs)
+        starts, arena = memoryview(starts), memoryview(arena)
+        charts, changed, counts = memoryview(charts), memoryview(changed), memoryview(counts)
     i: cython.Py_ssize_t
     chart: cython.Py_ssize_t
     entry: cython.Py_ssize_t
     at: cython.Py_ssize_t
     room: cython.Py_ssize_t = entries.shape[1]
+    place: cython.Py_ssize_t = column + 1
+    before: cython.longlong
     count: cython.longlong
     with cython.nogil:
         for i in range(changes):
             chart = charts[i]
             entry = changed[i]
-            count = rows[entry, 0]
-            at = cython.cast(cython.Py_ssize_t, rows[entry, 1]) - 1
+            before = rows[entry, column]
+            count = before + sign * counts[i]
+            rows[entry, column] = count
+            totals[chart, 0] += sign * counts[i]
+            if before == 0:
+                totals[chart, 1] += 1
+            if count == 0:
+                totals[chart, 1] -= 1
+            at = cython.cast(cython.Py_ssize_t, rows[entry, place]) - 1
             if at >= 0:
-                if keys[chart, at] != count:
-                    keys[chart, at] = count
-                    _sift_down(entries, keys, chart, sizes[chart], at, rows, songs, starts, arena, False)
+                before = keys[chart, at]
+                keys[chart, at] = count
+                if count > before:
+                    _sift_down(entries, keys, chart, sizes[chart], at, rows, place, songs, starts, arena, False)
+                elif count < before:
+                    _sift_up(entries, keys, chart, at, rows, place, songs, starts, arena, False)
+            elif count <= 0:
+                continue
             elif sizes[chart] < room:
                 at = sizes[chart]
                 sizes[chart] += 1
                 entries[chart, at] = cython.cast(cython.int, entry)
                 keys[chart, at] = count
-                _sift_up(entries, keys, chart, at, rows, songs, starts, arena, False)
+                _sift_up(entries, keys, chart, at, rows, place, songs, starts, arena, False)
             elif _before(count, entry, keys[chart, 0], entries[chart, 0], songs, starts, arena, False):
-                rows[entries[chart, 0], 1] = 0
+                _leave_outside(outside, chart, keys[chart, 0], entries[chart, 0], songs, starts, arena)
+                rows[entries[chart, 0], place] = 0
                 entries[chart, 0] = cython.cast(cython.int, entry)
                 keys[chart, 0] = count
-                _sift_down(entries, keys, chart, room, 0, rows, songs, starts, arena, False)
+                _sift_down(entries, keys, chart, room, 0, rows, place, songs, starts, arena, False)
+            else:
+                _leave_outside(outside, chart, count, entry, songs, starts, arena)
 
 
 def select_into(
@@ -218,7 +277,7 @@ def select_into(
     Args:
         entries, keys: int32 and int64[1, k].
         sizes: int32[1], 0; written: how many there are.
-        songs, starts, arena: as in `offer`.
+        songs, starts, arena: as in `count_plays`.
         candidates, counts: entries, each once, and their counts; those with count 0 are passed over.
         offered: how many.
         backwards: leaves the last of the candidates there instead, the last one first.
@@ -244,11 +303,11 @@ def select_into(
                 sizes[0] += 1
                 entries[0, at] = candidates[i]
                 keys[0, at] = counts[i]
-                _sift_up(entries, keys, 0, at, none, songs, starts, arena, backwards)
+                _sift_up(entries, keys, 0, at, none, 1, songs, starts, arena, backwards)
             elif _before(counts[i], candidates[i], keys[0, 0], entries[0, 0], songs, starts, arena, backwards):
                 entries[0, 0] = candidates[i]
                 keys[0, 0] = counts[i]
-                _sift_down(entries, keys, 0, room, 0, none, songs, starts, arena, backwards)
+                _sift_down(entries, keys, 0, room, 0, none, 1, songs, starts, arena, backwards)
         # Heapsort: the root is the worst left, so it goes to the end.
         for i in range(sizes[0] - 1, 0, -1):
             last_entry = entries[0, i]
@@ -257,7 +316,7 @@ def select_into(
             keys[0, i] = keys[0, 0]
             entries[0, 0] = last_entry
             keys[0, 0] = last_key
-            _sift_down(entries, keys, 0, i, 0, none, songs, starts, arena, backwards)
+            _sift_down(entries, keys, 0, i, 0, none, 1, songs, starts, arena, backwards)
 
 
 def compare_with(
@@ -275,7 +334,7 @@ def compare_with(
     """On which side of a place (song_id, count) each candidate stands.
 
     Args:
-        songs, starts, arena: as in `offer`.
+        songs, starts, arena: as in `count_plays`.
         candidates, counts: entries and their counts.
         song_id, song_size, count: the place.
         sides: int8[offered], written: 1 before it, -1 after it, 0 the place itself, or no plays.
@@ -321,7 +380,7 @@ def select(
     """The k best of the candidates, best first: entries and their counts.
 
     Args:
-        songs, starts, arena: as in `offer`.
+        songs, starts, arena: as in `count_plays`.
         candidates, counts: entries, each once, and their counts; those with count 0 are passed over.
         k: at least 0.
         backwards: the last k instead, the last one first.

@@ -7,6 +7,8 @@ Theory of operation. `commit` takes a group of requests through the four steps t
 3. the records are appended, and one fdatasync makes them durable;
 4. they are applied; only then is anybody answered.
 
+A request that takes plays back is judged by what there is: those before it take steps 3 and 4 first.
+
 A crash before 3 ends leaves nothing of the group (or, where the write came through unheard, all of it, and the resend
 is a duplicate); a crash after it leaves a log that replays to the same state. A failed write ends the process: see
 `storage.log`.
@@ -19,7 +21,8 @@ A snapshot begins with a copy of what can change (`begin_snapshot`, between two 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,22 +30,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.config import ShardSettings
-from topk_grpc.engine.admission import Admission, Limits, admit
+from topk_grpc.engine.admission import Admission, Limits, admit, read_request
 from topk_grpc.engine.apply import apply, replay
-from topk_grpc.engine.cells import Cells, choose_merge, merge, ordered_cells
+from topk_grpc.engine.cells import Cells, Merge, choose_merges, ordered_cells
+from topk_grpc.engine.deletion import Deleted, delete, owns, plays_of
 from topk_grpc.engine.state import ShardState, check_settings
-from topk_grpc.errors import CorruptError, DiskFullError, ForeignDirectoryError, InvalidArgumentError
-from topk_grpc.model import ClusterSettings
+from topk_grpc.engine.tiers import RollUp, Tier, parse_tiers
+from topk_grpc.engine.windows import bounds_of
+from topk_grpc.errors import (
+    CorruptError,
+    DiskFullError,
+    ForeignDirectoryError,
+    InvalidArgumentError,
+    SettingError,
+    WindowError,
+)
+from topk_grpc.model import Bounds, ClusterSettings, GlobalWindow, RangeWindow, Window, parse_window
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.storage import Block, DataDirectory, Files, Log, Recovery, Snapshot, recover
 
 APPEND: Final = 1
 OWNED: Final = 2
 EXPIRE: Final = 3
-"""Types of log records; their payloads are AppendRecord, OwnedRecord and ExpireRecord of shard_service.proto."""
+DELETE_SONG: Final = 4
+SETTINGS: Final = 5
+"""Types of log records; their payloads are AppendRecord, OwnedRecord, ExpireRecord, DeleteSongRecord and SettingsRecord
+of shard_service.proto."""
 
 _BOARD_IDS: Final[Mapping[str, int]] = {"global": 0, "charts": 1}
+_MERGES_MAX: Final = 2
+_CLOCKS_APART_MS: Final = 60_000
 _BLOCKS: Final = "blocks"
+_ROLLED_UP: Final = "blocks_rolled_up"
 _IDENTITY: Final = "identity"
 
 
@@ -61,15 +80,17 @@ class PendingSnapshot:
     Attributes:
         position: of the log.
         meta, arrays: of the state.
-        chunks: for each board, to become a block.
+        merges: for each board, what becomes a block.
         blocks: for each board, those that stand already.
+        roll_up: what merging does to cells by their age.
     """
 
     position: int
     meta: dict[str, Any]
     arrays: dict[str, NDArray[np.generic]]
-    chunks: dict[str, list[Cells]]
+    merges: dict[str, list[Merge]]
     blocks: dict[str, dict[int, Cells]]
+    roll_up: RollUp
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,14 +98,15 @@ class NewBlock:
     """A block that a snapshot has written.
 
     Attributes:
-        cells: memory-mapped.
-        chunks: how many chunks it was merged from.
-        merged: the blocks it was merged from besides.
+        board, number: whose it is.
+        merge: what it was made of.
+        cells: memory-mapped; None: all has cancelled out.
     """
 
-    cells: Cells
-    chunks: int
-    merged: list[int]
+    board: str
+    number: int
+    merge: Merge
+    cells: Cells | None
 
 
 class ShardCore:
@@ -180,6 +202,12 @@ class ShardCore:
                 self.state.own(record.slots)
             case 3:
                 self.state.producers.forget_idle(pb.ExpireRecord.FromString(bytes(payload)).before_ms)
+            case 4:
+                delete(self.state, pb.DeleteSongRecord.FromString(bytes(payload)).song_id)
+            case 5:
+                told = pb.SettingsRecord.FromString(bytes(payload))
+                tiers = parse_tiers(told.tiers, self._cluster.resolution_ms)
+                self.state.configure(tiers, [parse_window(text) for text in told.standing_windows])
             case _:
                 raise InvalidArgumentError(f"its type is {record_type}, which this release does not know")
 
@@ -211,6 +239,81 @@ class ShardCore:
         self.identity = identity
         self.state.own(slots)
 
+    # --- Settings and standing windows --------------------------------------------------------------------------------
+
+    def configure(self, now_ms: int) -> None:
+        """Brings the state in line with the settings, durably where they have changed. When the log is open.
+
+        Raises:
+            SettingError: tiers or standing windows make no sense; nothing was changed.
+        """
+        tiers = parse_tiers(self._settings.tiers, self._cluster.resolution_ms)
+        windows = dict.fromkeys([*self._configured_windows(), *self.state.standing])
+        if str(self.state.tiers) != ",".join(map(str, tiers)) or set(windows) != set(self.state.standing):
+            self._apply_settings(tiers, list(windows))
+        for window in windows:
+            self.state.standing.use(window, now_ms)
+
+    def _configured_windows(self) -> list[Window]:
+        windows: list[Window] = []
+        for text in filter(None, (text.strip() for text in self._settings.standing_windows.split(","))):
+            try:
+                window = parse_window(text)
+                bounds_of(window, 0, self._cluster.resolution_ms)
+            except WindowError as error:
+                raise SettingError(f"--standing-windows: {error}") from error
+            if isinstance(window, GlobalWindow | RangeWindow):
+                raise SettingError(f"--standing-windows: {window} needs no standing: name tumbling, sliding or session")
+            windows.append(window)
+        return windows
+
+    def _apply_settings(self, tiers: Sequence[Tier], windows: Sequence[Window]) -> None:
+        record = pb.SettingsRecord(tiers=",".join(map(str, tiers)), standing_windows=map(str, windows))
+        self._open_log.append_group([(SETTINGS, [record.SerializeToString()])])
+        self.state.configure(tiers, windows)
+
+    def follow(self, window: Window, bounds: Bounds, now_ms: int) -> None:
+        """Lets a window stand where a query asks for it, if that is worth it and there is room.
+
+        Args:
+            window: as the query names it, taken at the gateway's clock.
+            bounds: of the window there.
+            now_ms: this shard's clock. Where the gateway's is far from it the window stays where it is.
+        """
+        state, resolution = self.state, self._cluster.resolution_ms
+        if window not in state.standing and not self._may_stand(window, bounds):
+            return
+        state.standing.use(window, now_ms)
+        low = bounds_of(window, now_ms - _CLOCKS_APART_MS, resolution)
+        high = bounds_of(window, now_ms + _CLOCKS_APART_MS, resolution)
+        if low is not None and high is not None and low.end_ms <= bounds.end_ms <= high.end_ms:
+            state.move_standing(window, bounds)
+
+    def _may_stand(self, window: Window, bounds: Bounds) -> bool:
+        """Whether a window was given its place, durably."""
+        state, settings = self.state, self._settings
+        room = 16 * state.entries + state.memory_bytes <= settings.memory_bytes_max or not settings.memory_bytes_max
+        if len(state.standing) >= settings.standing_windows_max or not room or not state.can_cut(bounds):
+            return False
+        with suppress(DiskFullError):
+            self._apply_settings(state.tiers.tiers, [*state.standing, window])
+            return True
+        return False
+
+    def move_standing(self, now_ms: int) -> None:
+        """Brings all standing windows to where they lie at this time, and lets go of those that nobody asks for."""
+        unused = self.state.standing.unused_since(now_ms - int(self._settings.standing_idle_seconds * 1000))
+        if dropped := set(unused) - set(self._configured_windows()):
+            with suppress(DiskFullError):
+                kept = [window for window in self.state.standing if window not in dropped]
+                self._apply_settings(self.state.tiers.tiers, kept)
+        for window in self.state.standing:
+            bounds = bounds_of(window, now_ms, self._cluster.resolution_ms)
+            if bounds is not None:
+                self.state.move_standing(window, bounds)
+
+    # --- Plays --------------------------------------------------------------------------------------------------------
+
     def limits(self, now_ms: int) -> Limits:
         """What admission holds plays against at this time."""
         settings = self._settings
@@ -233,24 +336,51 @@ class ShardCore:
         """
         log = self._open_log
         try:
-            # A verdict is never larger than what it is about: each reject and each skipped slot stands for a play.
-            log.reserve(len(requests), sum(2 * len(request) + 64 for request in requests))
+            # A verdict is never larger than what it is about: each reject and each skipped slot stands for a play. What
+            # is added covers the rest of the record, and the header of a group that begins with the request.
+            log.reserve(len(requests), sum(2 * len(request) + 128 for request in requests))
         except DiskFullError as error:
             return [error] * len(requests)
         limits = self.limits(now_ms)
         outcomes: list[Admission | Exception] = []
+        group: list[Admission] = []
         for request in requests:
             try:
-                outcomes.append(admit(self.state, request, limits))
+                read = read_request(request)
             except InvalidArgumentError as error:
                 outcomes.append(error)
-        admissions = [outcome for outcome in outcomes if isinstance(outcome, Admission)]
-        records = [(APPEND, admission.payload) for admission in admissions if admission.payload]
-        if records:
-            log.append_group(records)
-        for admission in admissions:
-            apply(self.state, admission)
+                continue
+            if read.corrects and group:
+                self._take_through(group)
+                group = []
+            group.append(admit(self.state, read, limits))
+            outcomes.append(group[-1])
+        self._take_through(group)
         return [outcome.response() if isinstance(outcome, Admission) else outcome for outcome in outcomes]
+
+    def _take_through(self, group: Sequence[Admission]) -> None:
+        """Makes admitted requests durable and applies them."""
+        records = [(APPEND, admission.payload) for admission in group if admission.payload]
+        if records:
+            self._open_log.append_group(records)
+        for admission in group:
+            apply(self.state, admission)
+
+    def delete_song(self, song_id: str) -> Deleted:
+        """Takes all plays of a song back, durably, from all charts and windows; of its marks nothing changes.
+
+        Returns:
+            What it had. Without any plays, or where another shard owns its slot, nothing is logged and nothing changes.
+
+        Raises:
+            DiskFullError: nothing was deleted.
+            WriteFailedError: as for `commit`.
+        """
+        had = plays_of(self.state, song_id) if owns(self.state, song_id) else Deleted(0, 0)
+        if had.plays or had.charts:
+            self._open_log.append_group([(DELETE_SONG, [pb.DeleteSongRecord(song_id=song_id).SerializeToString()])])
+            delete(self.state, song_id)
+        return had
 
     def expire_producers(self, now_ms: int) -> int:
         """Forgets producers that have been idle for their time to live, durably. Returns how many."""
@@ -268,46 +398,51 @@ class ShardCore:
         meta, arrays = self.state.to_snapshot()
         identity = self.identity
         meta[_IDENTITY] = {"cluster_id": identity.cluster_id, "shard_id": identity.shard_id} if identity else None
-        blocks = {name: dict(board.cells.blocks) for name, board in self.state.boards.items()}
-        return PendingSnapshot(self.position, meta, arrays, self.state.take_chunks(), blocks)
+        roll_up = self.state.roll_up
+        merges, blocks = {}, {}
+        for name, board in self.state.boards.items():
+            blocks[name] = dict(board.cells.blocks)
+            merges[name] = choose_merges(board.cells.take_chunks(), blocks[name], board.cells.done, roll_up)
+        return PendingSnapshot(self.position, meta, arrays, merges, blocks, roll_up)
 
-    def write_snapshot(self, pending: PendingSnapshot) -> dict[str, NewBlock]:
+    def write_snapshot(self, pending: PendingSnapshot) -> list[NewBlock]:
         """Merges the chunks into blocks and writes everything durably. From any thread, one at a time.
 
         Returns:
-            The new block of each board that has one.
+            The new blocks.
 
         Raises:
             StorageError: it could not be written; the snapshots before it stand.
         """
         if self._recovery is None:
             raise RuntimeError("the shard has not recovered yet")
-        blocks: list[Block] = []
-        numbers: dict[str, list[int]] = {}
-        merged: dict[str, list[int]] = {}
-        for board, chunks in pending.chunks.items():
-            standing = pending.blocks[board]
-            merged[board] = choose_merge(chunks, standing) if chunks else []
-            kept = {number: cells.columns() for number, cells in standing.items() if number not in merged[board]}
-            if chunks:
-                whole = merge([*(standing[number] for number in merged[board]), *chunks])
-                kept[_block_number(pending.position, board)] = whole.columns()
-            numbers[board] = list(kept)
-            blocks += (Block(number, columns) for number, columns in kept.items())
-        meta = pending.meta | {_BLOCKS: numbers}
+        made: list[NewBlock] = []
+        kept: dict[str, dict[int, Cells]] = {}
+        for board, merges in pending.merges.items():
+            taken = {number for merge in merges for number in merge.blocks}
+            kept[board] = {number: cells for number, cells in pending.blocks[board].items() if number not in taken}
+            for index, merge in enumerate(merges):
+                cells = merge.cells(pending.roll_up)
+                made.append(NewBlock(board, _block_number(pending.position, board, index), merge, cells))
+                if len(cells):
+                    kept[board][made[-1].number] = cells
+        done = pending.meta[_ROLLED_UP]
+        for block in made:
+            done[block.board][str(block.number)] = pending.roll_up.borders
+        blocks = [Block(number, cells.columns()) for one in kept.values() for number, cells in one.items()]
+        meta = pending.meta | {_BLOCKS: {board: list(one) for board, one in kept.items()}}
         written = self._recovery.snapshots.write(Snapshot(pending.position, meta, pending.arrays, tuple(blocks)))
         columns = {block.block_id: block.columns for block in written}
-        return {
-            board: NewBlock(ordered_cells(columns[_block_number(pending.position, board)]), len(chunks), merged[board])
-            for board, chunks in pending.chunks.items()
-            if chunks
-        }
+        return [
+            replace(block, cells=ordered_cells(columns[block.number]) if block.number in columns else None)
+            for block in made
+        ]
 
-    def end_snapshot(self, pending: PendingSnapshot, blocks: Mapping[str, NewBlock]) -> None:
+    def end_snapshot(self, pending: PendingSnapshot, blocks: Sequence[NewBlock]) -> None:
         """Uses the written blocks for what they were merged from, and deletes the log that no kept snapshot needs."""
-        for name, block in blocks.items():
-            cells = self.state.boards[name].cells
-            cells.replace(block.chunks, block.merged, _block_number(pending.position, name), block.cells)
+        for block in blocks:
+            cells = self.state.boards[block.board].cells
+            cells.replace(block.merge, block.number, block.cells, pending.roll_up.borders)
         self._snapshot_position = pending.position
         if self._recovery is not None:
             self._open_log.delete_before(self._recovery.snapshots.kept_position())
@@ -319,6 +454,6 @@ class ShardCore:
         self._directory.close()
 
 
-def _block_number(position: int, board: str) -> int:
-    """A number for the block of a board in the snapshot at a log position: no two snapshots share a position."""
-    return position * len(_BOARD_IDS) + _BOARD_IDS[board]
+def _block_number(position: int, board: str, index: int) -> int:
+    """A number for a block of a board in the snapshot at a log position: no two snapshots share a position."""
+    return (position * len(_BOARD_IDS) + _BOARD_IDS[board]) * _MERGES_MAX + index

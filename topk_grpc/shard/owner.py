@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from topk_grpc.config import ShardSettings
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 _EXPIRY_SECONDS = 600.0
 _SNAPSHOT_AGAIN_SECONDS = 30.0
+_STANDING_SECONDS = 1.0
 
 
 def now_ms() -> int:
@@ -59,7 +61,9 @@ class ShardOwner:
         self._snapshotting = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._stopping = asyncio.Event()
         self.failed: asyncio.Future[WriteFailedError] = asyncio.get_running_loop().create_future()
+        self._background(self._keep_standing())
         self._loop_task = asyncio.create_task(self._run())
         self._loop_task.add_done_callback(self._loop_ended)
 
@@ -137,7 +141,11 @@ class ShardOwner:
             self._run_short()
             if self._long:  # one a turn, so that the next group need not wait for all
                 job, future = self._long.popleft()
-                _settle(future, await loop.run_in_executor(self._writer, _attempt, job, self._core))
+                answer = await loop.run_in_executor(self._writer, _attempt, job, self._core)
+                _settle(future, answer)
+                if isinstance(answer, WriteFailedError):  # it wrote to the log
+                    self._fail(answer, [])
+                    return
             if self._requests or self._short or self._long:
                 self._work.set()
             self._housekeeping()
@@ -201,6 +209,17 @@ class ShardOwner:
             return job(self._core)
         return await self._queue(self._long, job)
 
+    async def _keep_standing(self) -> None:
+        """Moves the standing windows by the clock, whether plays arrive or not."""
+        while not self._closing and not self.failed.done():
+            if len(self._core.state.standing):
+                try:
+                    await self._as_job(lambda core: core.move_standing(now_ms()))
+                except StorageError as error:
+                    log.warning("standing_windows_failed", error=error)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _STANDING_SECONDS)
+
     async def _expire_producers(self) -> None:
         try:
             forgotten = await self._as_job(lambda core: core.expire_producers(now_ms()))
@@ -235,6 +254,7 @@ class ShardOwner:
     async def close(self, *, snapshot: bool) -> None:
         """Takes what is queued through and, if asked, a last snapshot: a start then has no log to replay. Ends."""
         self._closing = True
+        self._stopping.set()
         self._work.set()
         await self._loop_task
         await asyncio.gather(*self._tasks)

@@ -16,7 +16,7 @@ from topk_grpc.rpc import log, process
 from topk_grpc.rpc.lifecycle import StopRequest, graceful_stop
 from topk_grpc.rpc.server import Health, add_raw_handlers, add_reflection, bind, create_server, start_health_server
 from topk_grpc.shard.core import Identity, ShardCore
-from topk_grpc.shard.owner import ShardOwner
+from topk_grpc.shard.owner import ShardOwner, now_ms
 from topk_grpc.shard.registration import check_directory, find_shard, register
 from topk_grpc.shard.service import ShardService
 from topk_grpc.topology.store import TopologyStore, open_store
@@ -69,6 +69,7 @@ async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStor
     try:
         await _recover(core, settings)
         core.own(identity, topology.slots_of(settings.shard_id))
+        core.configure(now_ms())
         owner = ShardOwner(core, settings)
         service.open(owner)
         await register(store, settings.shard_id, settings.advertise or address, core.directory_id, settings.data_dir)

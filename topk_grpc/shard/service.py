@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
 
@@ -18,11 +18,13 @@ from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
 from topk_grpc.rpc import convert
 from topk_grpc.rpc.streams import messages
 from topk_grpc.shard.core import Identity, ShardCore
-from topk_grpc.shard.owner import ShardOwner
+from topk_grpc.shard.owner import ShardOwner, now_ms
 
 SHARD_ID_KEY: Final = "topk-shard-id"
 CLUSTER_ID_KEY: Final = "topk-cluster-id"
 _STREAM_REQUESTS_MAX: Final = 64
+
+T = TypeVar("T")
 
 _Base: Any = pb_grpc.ShardServiceServicer
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -89,6 +91,7 @@ class ShardService(_Base):  # type: ignore[misc]
 
         def answer(core: ShardCore) -> pb.QueryTopKResponse:
             ranked, totals = query.top_k(core.state, scope, request.k)
+            core.state.standing.use(scope.standing, now_ms())
             return pb.QueryTopKResponse(
                 coverage=_coverage(core, totals),
                 song_ids=ranked.song_ids,
@@ -99,8 +102,18 @@ class ShardService(_Base):  # type: ignore[misc]
         def answer_if_short(core: ShardCore) -> pb.QueryTopKResponse | None:
             return None if query.scans(core.state, scope, request.k) else answer(core)
 
-        short = await self._owner.read(answer_if_short) if scope.bounds is None else None
-        return short if short is not None else await self._owner.scan(("top_k", scope, request.k), answer)
+        short = await self._owner.read(answer_if_short)
+        return short if short is not None else await self._scan(("top_k", scope, request.k), scope, answer)
+
+    async def _scan(self, key: Hashable, scope: Scope, answer: Callable[[ShardCore], T]) -> T:
+        """Answers a query that a standing window may answer, once it stands where the query is."""
+
+        def followed(core: ShardCore) -> T:
+            if scope.standing is not None and scope.bounds is not None:
+                core.follow(scope.standing, scope.bounds, now_ms())
+            return answer(core)
+
+        return await self._owner.scan(key, followed)
 
     async def QueryCounts(self, request: pb.QueryCountsRequest, context: Context) -> pb.QueryCountsResponse:  # noqa: N802
         """The counts of songs."""
@@ -116,7 +129,7 @@ class ShardService(_Base):  # type: ignore[misc]
 
         if scope.bounds is None:
             return await self._owner.read(answer)
-        return await self._owner.scan(("counts", scope, song_ids), answer)
+        return await self._scan(("counts", scope, song_ids), scope, answer)
 
     async def QueryRanks(self, request: pb.QueryRanksRequest, context: Context) -> pb.QueryRanksResponse:  # noqa: N802
         """How many entries stand above places, and the nearest around."""
@@ -134,7 +147,7 @@ class ShardService(_Base):  # type: ignore[misc]
                 ],
             )
 
-        return await self._owner.scan(("ranks", scope, places, request.neighbours), answer)
+        return await self._scan(("ranks", scope, places, request.neighbours), scope, answer)
 
     async def QueryCharts(self, request: pb.QueryChartsRequest, context: Context) -> pb.QueryChartsResponse:  # noqa: N802
         """All charts with their totals."""
@@ -150,6 +163,20 @@ class ShardService(_Base):  # type: ignore[misc]
             )
 
         return await self._owner.scan("charts", answer)
+
+    async def DeleteSong(self, request: pb.DeleteSongRequest, context: Context) -> pb.DeleteSongResponse:  # noqa: N802
+        """Takes a song's plays back, if its slot is owned here; answers when that is on disk and applied."""
+        self._check_addressee(context)
+        song_id = request.song_id
+
+        def answer(core: ShardCore) -> pb.DeleteSongResponse:
+            had = core.delete_song(song_id)
+            return pb.DeleteSongResponse(
+                coverage=_coverage(core, query.totals(core.state, Scope())), plays=had.plays, charts=had.charts
+            )
+
+        # It looks through all cells, as a scan does; and two who ask at once are told of the same plays.
+        return await self._owner.scan(("delete_song", song_id), answer)
 
     async def DescribeShard(self, request: pb.DescribeShardRequest, context: Context) -> pb.DescribeShardResponse:  # noqa: N802
         """The shard's load and position."""

@@ -1,0 +1,181 @@
+"""Open sessions, found by looking back from an instant.
+
+Plays of an entry whose buckets lie at most the gap apart form a session. Only entries with plays in the last gap can
+have one that is open, so these are found first; then their cells are gathered farther and farther back until each
+session's beginning is certain: nothing lies in the gap before it. A bucket whose plays were all taken back is no part
+of any session.
+
+Sessions need the finest buckets. One that reaches back to where they are rolled up already has no known beginning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topk_grpc.engine.cells import Cells, CellStore
+from topk_grpc.engine.tiers import RollUp
+from topk_grpc.kernels.sorting import sum_by_key
+
+
+class RolledUpError(Exception):
+    """Some session reaches back to where the finest buckets are not kept any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """One session each of some entries, by entry.
+
+    Attributes:
+        entries: ascending, int32[n].
+        counts: plays in the session, int64[n].
+        starts, lasts: its first and its last bucket, int64[n].
+    """
+
+    entries: NDArray[np.int32]
+    counts: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lasts: NDArray[np.int64]
+
+    def take(self, rows: NDArray[np.bool_]) -> Sessions:
+        """Some of them."""
+        return Sessions(self.entries[rows], self.counts[rows], self.starts[rows], self.lasts[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """How far back the finest buckets are kept.
+
+    Attributes:
+        finest: the first bucket that is.
+        lost: plays before this bucket are not kept at all; None: there have never been any.
+        roll_up: where plays before the finest are kept.
+    """
+
+    finest: int
+    lost: int | None
+    roll_up: RollUp
+
+    def kept_under(self, buckets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The least bucket that plays of these buckets may be kept under."""
+        return np.minimum(self.roll_up.of(buckets), buckets)
+
+
+def open_sessions(  # noqa: PLR0917
+    store: CellStore, entries: int, eligible: NDArray[np.bool_] | None, gap: int, end: int, past: Past
+) -> Sessions:
+    """The sessions that are open in the bucket before `end`.
+
+    Args:
+        store: the cells.
+        entries: how many entries the board has.
+        eligible: the entries asked for, bool[entries]; None: all.
+        gap: the largest distance of neighbouring plays' buckets.
+        end: plays in this bucket and after it are not looked at.
+        past: how far back the finest buckets are kept.
+
+    Raises:
+        RolledUpError: one of them may reach back to where they are not.
+    """
+    low = end - 1 - gap
+    finest = past.finest
+    wanted = np.zeros(entries, np.bool_)
+    if low < finest:
+        _check_none_between(store, eligible, low, min(end, finest), past)
+    for cells in store.within(max(low, finest), end):
+        wanted[cells.entries] = True
+    if eligible is not None:
+        wanted &= eligible
+    found = []
+    reach, step = low, max(gap, 1)
+    while wanted.any():
+        reach, step = max(finest, reach - step), 4 * step
+        last = _last_sessions(store, wanted, gap, reach, end)
+        certain = last.starts - gap >= reach
+        if reach == finest and not certain.all():
+            _check_none_before(store, last.take(~certain), gap, past)
+            certain[:] = True
+        found.append(last.take(certain & (last.lasts >= low)))
+        wanted[:] = False
+        wanted[last.entries[~certain]] = True
+    if not found:
+        return Sessions(np.empty(0, np.int32), *(np.empty(0, np.int64) for _ in range(3)))
+    columns = zip(*((one.entries, one.counts, one.starts, one.lasts) for one in found), strict=True)
+    whole = Sessions(*(np.concatenate(column) for column in columns))
+    order = np.argsort(whole.entries)
+    return Sessions(whole.entries[order], whole.counts[order], whole.starts[order], whole.lasts[order])
+
+
+def _check_none_between(store: CellStore, eligible: NDArray[np.bool_] | None, start: int, end: int, past: Past) -> None:
+    """Refuses to look at buckets before the finest, unless there is nothing in them.
+
+    Raises:
+        RolledUpError: there are plays.
+    """
+    if past.lost is not None and start < past.lost:
+        raise RolledUpError
+    for cells in store.within(int(past.kept_under(np.array([start]))[0]), end):
+        if eligible is None or eligible[cells.entries].any():
+            raise RolledUpError
+
+
+def _check_none_before(store: CellStore, sessions: Sessions, gap: int, past: Past) -> None:
+    """Refuses sessions that plays before the finest buckets may belong to.
+
+    Raises:
+        RolledUpError: there are such plays.
+    """
+    lows = sessions.starts - gap
+    if past.lost is not None and (lows < past.lost).any():
+        raise RolledUpError
+    lows = past.kept_under(lows)
+    for cells in store.within(int(lows.min()), past.finest):
+        at = np.minimum(np.searchsorted(sessions.entries, cells.entries), len(lows) - 1)
+        if ((sessions.entries[at] == cells.entries) & (cells.buckets >= lows[at])).any():
+            raise RolledUpError
+
+
+def _last_sessions(store: CellStore, wanted: NDArray[np.bool_], gap: int, reach: int, end: int) -> Sessions:
+    """The last session of each entry wanted within the buckets [reach, end)."""
+    pieces = []
+    for cells in store.within(reach, end):
+        rows = wanted[cells.entries]
+        if rows.any():
+            pieces.append(cells.take(rows, cells.first, cells.last))
+    entries, buckets, counts = _by_entry(pieces, reach, end)
+    if not len(entries):
+        return Sessions(np.empty(0, np.int32), *(np.empty(0, np.int64) for _ in range(3)))
+    other = entries[1:] != entries[:-1]
+    heads = np.flatnonzero(np.concatenate(([True], other | (buckets[1:] - buckets[:-1] > gap))))
+    tails = np.concatenate((heads[1:], [len(entries)])) - 1
+    plays = np.add.reduceat(counts, heads)
+    is_last = np.concatenate((entries[heads[1:]] != entries[heads[:-1]], [True]))
+    return Sessions(entries[heads], plays, buckets[heads], buckets[tails]).take(is_last)
+
+
+def _by_entry(
+    pieces: list[Cells], first: int, end: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """The cells by entry, then bucket, equal ones added up, those that cancel out left out."""
+    if not pieces:
+        return np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64)
+    entries = np.concatenate([piece.entries for piece in pieces])
+    buckets = np.concatenate([piece.buckets for piece in pieces])
+    counts = np.concatenate([piece.counts for piece in pieces])
+    bucket_bits = (end - first).bit_length()
+    bits = int(entries.max()).bit_length() + bucket_bits
+    if bits > 63:  # a gap of many thousands of years
+        order = np.lexsort((buckets, entries))
+        entries, buckets, counts = entries[order], buckets[order], counts[order]
+        fresh = (entries[1:] != entries[:-1]) | (buckets[1:] != buckets[:-1])
+        heads = np.flatnonzero(np.concatenate(([True], fresh)))
+        entries, buckets, counts = entries[heads], buckets[heads], np.add.reduceat(counts, heads)
+    else:
+        keys = (entries.astype(np.uint64) << np.uint64(bucket_bits)) | (buckets - first).astype(np.uint64)
+        keys, counts = sum_by_key(keys, counts, bits)
+        entries = (keys >> np.uint64(bucket_bits)).astype(np.int32)
+        buckets = (keys & np.uint64((1 << bucket_bits) - 1)).astype(np.int64) + first
+    kept = counts != 0
+    return entries[kept], buckets[kept], counts[kept]

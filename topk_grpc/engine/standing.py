@@ -1,0 +1,88 @@
+"""Standing windows: kept up to date as plays arrive, so that a query costs O(k).
+
+Theory of operation. A window stands at bounds [start, end) and holds the sum of the cells in between, for each entry of
+both boards (`boards.Span`). A play whose bucket lies within is counted when it arrives; any other waits in its cell
+until the window moves there. Moving takes the cells that leave away and adds those that enter, whichever way it goes:
+what has to be touched is what changes. Idle or not, a window is moved by the clock, and by queries that are ahead of
+it.
+
+What stands is decided by settings and by queries, and logged, since a standing window keeps the grain it needs
+(engine/tiers.py). Its counts are not: they are summed from the cells again after a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from topk_grpc.engine.boards import Board, Span
+from topk_grpc.model import Bounds, SessionWindow, Window
+
+
+class StandingWindows:
+    """The windows that stand on a shard's boards. One writer.
+
+    Args:
+        boards: of the shard, by name.
+        resolution_ms: the cluster's.
+    """
+
+    def __init__(self, boards: Mapping[str, Board], resolution_ms: int) -> None:
+        self._boards = boards
+        self._resolution_ms = resolution_ms
+        self._used_ms: dict[Window, int] = {}
+
+    def __iter__(self) -> Iterator[Window]:
+        return iter(self._used_ms)
+
+    def __contains__(self, window: object) -> bool:
+        return window in self._used_ms
+
+    def __len__(self) -> int:
+        return len(self._used_ms)
+
+    def set(self, windows: Iterable[Window]) -> None:
+        """Lets these windows stand, and no others. New ones are empty until they are moved."""
+        wanted = list(dict.fromkeys(windows))
+        for window in [known for known in self._used_ms if known not in wanted]:
+            del self._used_ms[window]
+            if not isinstance(window, SessionWindow):
+                for board in self._boards.values():
+                    board.close_span(window)
+        for window in wanted:
+            if window not in self._used_ms:
+                self._used_ms[window] = 0
+                if not isinstance(window, SessionWindow):
+                    for board in self._boards.values():
+                        board.open_span(window)
+
+    def use(self, window: Window | None, now_ms: int) -> None:
+        """Notes that a window was asked for, if it stands."""
+        if window in self._used_ms:
+            self._used_ms[window] = now_ms
+
+    def unused_since(self, before_ms: int) -> list[Window]:
+        """Windows that nobody has asked for since."""
+        return [window for window, used_ms in self._used_ms.items() if used_ms < before_ms]
+
+    def move(self, window: Window, bounds: Bounds) -> None:
+        """Brings a window to bounds, multiples of the resolution, that can be cut exactly."""
+        start, end = bounds.start_ms // self._resolution_ms, bounds.end_ms // self._resolution_ms
+        for board in self._boards.values():
+            span = board.spans.get(window)
+            if span is not None and (span.start, span.end) != (start, end):
+                board.move_span(span, start, end)
+
+    def fold(self, window: Window) -> None:
+        """Lets a window stand nowhere: where it lies cannot be cut any more. Moving it counts it anew."""
+        for board in self._boards.values():
+            span = board.spans.get(window)
+            if span is not None and span.start != span.end:
+                board.move_span(span, 0, 0)
+
+    def span(self, board: str, bounds: Bounds) -> Span | None:
+        """The span of a board that stands at exactly these bounds, whichever window it belongs to."""
+        start, end = bounds.start_ms // self._resolution_ms, bounds.end_ms // self._resolution_ms
+        for span in self._boards[board].spans.values():
+            if span.start == start and span.end == end:
+                return span
+        return None
