@@ -287,10 +287,11 @@ async def test_many_watchers_share_one_evaluation(cluster: Cluster) -> None:
     asked = counting(gateway)
     followers = [Follower(gateway, request()) for _ in range(50)]
     await asyncio.gather(*(follower.step() for follower in followers))
-    assert len(asked) <= 3
+    assert len(asked) <= 12  # some for those that came while one was under way
+    asked.clear()
     await record(gateway, batch(1, plays(1)))
     await asyncio.gather(*(follower.step() for follower in followers))
-    assert len(asked) <= 5
+    assert 1 <= len(asked) <= 3
     assert len({follower.entries for follower in followers}) == 1
     one_more = Follower(gateway, request(SLIDING))
     await one_more.step()
@@ -301,6 +302,22 @@ async def test_many_watchers_share_one_evaluation(cluster: Cluster) -> None:
     before = len(asked)
     await asyncio.sleep(0.5)  # more than two intervals
     assert len(asked) == before
+
+
+async def test_the_first_list_holds_what_was_acknowledged_before(cluster: Cluster) -> None:
+    await cluster.begin(1)
+    gateway = await cluster.gateway(watch_interval_seconds=1)
+    followers = [Follower(gateway, request())]
+    await followers[0].step()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    for sequence in range(1, 6):
+        await record(gateway, batch(sequence, [Play("a", NOW)]))
+        followers.append(Follower(gateway, request()))
+        assert (await followers[-1].step()).certificate.total_plays == sequence
+    assert loop.time() - began < 4  # none waited for the interval
+    for follower in followers:
+        follower.cut()
 
 
 async def test_slow_readers_pass_over_versions(cluster: Cluster) -> None:

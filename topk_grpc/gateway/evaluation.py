@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import uuid
 from collections import deque
@@ -17,6 +18,7 @@ from topk_grpc.rpc import steps
 
 _VERSIONS_MAX: Final = 256
 _MESSAGES_MAX: Final = 16
+_PAUSE_LEAST: Final = 0.1  # of the interval, when a newcomer waits
 _UNKNOWN: Final = -1
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
@@ -30,10 +32,11 @@ class _Version:
 class Watcher:
     """One stream."""
 
-    __slots__ = ("failure", "leaving", "wake")
+    __slots__ = ("failure", "leaving", "round", "wake")
 
     def __init__(self) -> None:
         self.wake = asyncio.Event()
+        self.round = 0  # the first one that it can be told of: it began after the stream did
         self.leaving = False
         self.failure: Exception | None = None
 
@@ -62,22 +65,28 @@ class Evaluation:
         self._entries = 0
         self._messages: dict[int | None, pb.WatchTopKResponse] = {}
         self._task: asyncio.Task[None] | None = None
-        self._fresh = False  # the newest version is what the present task found
+        self._begun = 0  # rounds of evaluating
+        self._done = 0  # the last one that has come to its end
+        self._hurry = asyncio.Event()
+        self._newcomers: set[Watcher] = set()
         self.watchers: set[Watcher] = set()
         self.idle_timer: asyncio.TimerHandle | None = None
 
     # --- Watchers -----------------------------------------------------------------------------------------------------
 
     def join(self, watcher: Watcher) -> None:
-        """Takes a watcher; the first one starts the evaluating."""
+        """Takes a watcher, and evaluates soon: what was durable before it came shall be in the first list it sees."""
+        watcher.round = self._begun + 1
         self.watchers.add(watcher)
+        self._newcomers.add(watcher)
+        self._hurry.set()
         if self._task is None:
-            self._fresh = False
             self._task = asyncio.create_task(self._evaluate(), name="topk watch")
 
     def leave(self, watcher: Watcher) -> None:
         """Lets go of a watcher, also of one that is gone; the last one stops the evaluating."""
         self.watchers.discard(watcher)
+        self._newcomers.discard(watcher)
         if not self.watchers and self._task is not None:
             self._task.cancel()
             self._task = None
@@ -88,16 +97,17 @@ class Evaluation:
         named = own == self._id and _NUMBER.fullmatch(number)
         return int(number) if named else _UNKNOWN
 
-    def step_from(self, number: int | None) -> pb.WatchTopKResponse | None:
+    def step_for(self, watcher: Watcher, number: int | None) -> pb.WatchTopKResponse | None:
         """The message that brings a watcher to the newest version.
 
         Args:
+            watcher: one that joined.
             number: of the version it has; None: it has nothing.
 
         Returns:
-            None where nobody knows yet what the newest version is.
+            None where the newest version may be older than the watcher.
         """
-        if not self._fresh:
+        if self._done < watcher.round:
             return None
         message = self._messages.get(number)
         if message is None:
@@ -125,29 +135,35 @@ class Evaluation:
     async def _evaluate(self) -> None:
         try:
             while True:
+                self._begun += 1
+                self._hurry.clear()
                 self._take(await self._ask())
-                await asyncio.sleep(self._interval_seconds)
+                await asyncio.sleep(_PAUSE_LEAST * self._interval_seconds)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout((1 - _PAUSE_LEAST) * self._interval_seconds):
+                        await self._hurry.wait()
         except Exception as error:
             # Each stream ends with it. Whoever comes now begins anew.
-            failed, self.watchers = self.watchers, set()
+            failed, self.watchers, self._newcomers = self.watchers, set(), set()
             self._task = None
             for watcher in failed:
                 watcher.failure = error
                 watcher.wake.set()
 
     def _take(self, answer: Answer) -> None:
-        """Makes a version of the answer if it differs."""
+        """Makes a version of the answer if it differs; wakes whom it concerns."""
+        self._done = self._begun
+        wake = {watcher for watcher in self._newcomers if watcher.round <= self._done}
+        self._newcomers -= wake
         if not self._versions or not _same(self._versions[-1].answer, answer):
             self._versions.append(_Version(self.newest_number + 1, answer))
             self._entries += len(answer.entries)
             self._messages.clear()
-        elif self._fresh:
-            return
+            wake = self.watchers
         room = self._room()
         while len(self._versions) > 1 and (len(self._versions) > _VERSIONS_MAX or self._entries > room):
             self._entries -= len(self._versions.popleft().answer.entries)
-        self._fresh = True
-        for watcher in self.watchers:
+        for watcher in wake:
             watcher.wake.set()
 
 

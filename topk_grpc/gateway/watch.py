@@ -13,8 +13,10 @@ date from; and a query on a standing window costs O(k).
   not any more, the watcher gets the whole list with `reset`.
 - A resume_token names an evaluation, by an id that no other has, and a version. So the token of another query or
   another gateway, or from before a restart, is unknown by itself, and numbers of two evaluations are never mixed up.
+- The first step that a stream gets comes of an evaluation that began after the stream did, which is not waited for
+  long: whatever was acknowledged before is in it, as in a GetTopK at that moment.
 - When the last watcher leaves, evaluating stops at once. The versions stay for `watch_linger_seconds`: a watcher that
-  comes back gets the changes since, after a fresh evaluation; it is never shown an old list as the present one.
+  comes back gets the changes since.
 - An error ends the streams of all that watch, with its status. (A shard that is away for moments is none: the scatter
   waits for it up to `query_seconds`.) The versions stay, as after the last watcher.
 - Messages are made once for all watchers that are at the same version.
@@ -114,7 +116,7 @@ class WatchHub:
                 if watcher.failure is not None:
                     raise watcher.failure.with_traceback(None)  # one object for all who watch
                 watcher.wake.clear()
-                step = None if told and has == evaluation.newest_number else evaluation.step_from(has)
+                step = None if told and has == evaluation.newest_number else evaluation.step_for(watcher, has)
                 if step is None:
                     await watcher.wake.wait()
                     continue
