@@ -25,6 +25,7 @@ def delete_song(song_id: str, gateway: str, *, yes: bool, as_json: bool) -> None
 
     Raises:
         typer.BadParameter: nobody can be asked, and `yes` is not set.
+        typer.Abort: the answer was no.
         TopKError: the cluster does not answer, or refuses.
     """
     if not yes:
@@ -34,9 +35,10 @@ def delete_song(song_id: str, gateway: str, *, yes: bool, as_json: bool) -> None
                 " add --yes"
             )
         (song,) = ask(gateway, lambda client: client.songs([song_id])).songs
-        typer.confirm(
-            f"Delete {song_id!r} for good, {song.count:,} plays and all it has in charts?", abort=True, err=True
-        )
+        question = f"Delete {song_id!r} for good, {song.count:,} plays and all it has in charts? [y/N] "
+        print(question, end="", file=sys.stderr, flush=True)  # noqa: T201  # typer's own writes to stdout as well
+        if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+            raise typer.Abort
     deleted = asyncio.run(_delete_song(song_id, gateway))
     if as_json:
         value = {"song_id": song_id, "plays": deleted.plays, "charts": deleted.charts}
