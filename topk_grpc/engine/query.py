@@ -165,7 +165,7 @@ def _session_candidates(state: ShardState, scope: Scope, bounds: Bounds, number:
         )
     except RolledUpError:
         raise state.tiers.refusal(
-            bounds, state.newest_event_ms, "may hold sessions that began before the finest buckets kept"
+            bounds, state.newest_event_ms, oldest, "may hold sessions that began before the finest buckets kept"
         ) from None
     return _Candidates(found.entries, found.counts, found)
 

@@ -186,21 +186,15 @@ class Tiers:
         """
         if oldest_ms is None:
             return
-        borders = self.borders(newest_ms)
-        width = self._width_at(oldest_ms, borders) or self.tiers[-1].width_ms
-        first = oldest_ms // width * width  # a cut here or before has nothing on its other side
-        wrong = [
-            cut
-            for cut in (bounds.start_ms, bounds.end_ms)
-            if cut > first and ((kept := self._width_at(cut, borders)) is None or cut % kept)
-        ]
-        if not wrong and not (bounds.end_ms > first and self._width_at(max(bounds.start_ms, first), borders) is None):
-            return
-        raise self.refusal(bounds, newest_ms, "cannot be cut exactly")
+        exact = self.exact_span(bounds, newest_ms, oldest_ms)
+        if exact != bounds:
+            raise self._refusal(bounds, exact, "cannot be cut exactly")
 
-    def refusal(self, bounds: Bounds, newest_ms: int, why: str) -> OutOfRangeError:
-        """The error for bounds that cannot be answered, with the nearest that can."""
-        exact = self.exact_span(bounds, newest_ms)
+    def refusal(self, bounds: Bounds, newest_ms: int, oldest_ms: int | None, why: str) -> OutOfRangeError:
+        """The error for a window that cannot be answered, with the nearest bounds that can."""
+        return self._refusal(bounds, self.exact_span(bounds, newest_ms, oldest_ms), why)
+
+    def _refusal(self, bounds: Bounds, exact: Bounds, why: str) -> OutOfRangeError:
         return OutOfRangeError(
             f"{format_time(bounds.start_ms)}..{format_time(bounds.end_ms)} {why}: plays of that age are kept in coarser"
             f" time buckets (tiers {self}). The nearest exact bounds are"
@@ -209,14 +203,25 @@ class Tiers:
             exact.end_ms,
         )
 
-    def exact_span(self, bounds: Bounds, newest_ms: int) -> Bounds:
+    def exact_span(self, bounds: Bounds, newest_ms: int, oldest_ms: int | None) -> Bounds:
         """The smallest span around the bounds that can be cut; without what is not kept any more."""
         borders = self.borders(newest_ms)
-        widths = [self._width_at(cut, borders) for cut in (bounds.start_ms, bounds.end_ms)]
+        if oldest_ms is None:
+            return bounds
         last = self.tiers[-1].width_ms
-        start = borders[-1] if widths[0] is None else bounds.start_ms // widths[0] * widths[0]
-        end = start + last if widths[1] is None else -(-bounds.end_ms // widths[1]) * widths[1]
-        return Bounds(start, max(end, start + (widths[0] or last)))
+        kept = self._width_at(oldest_ms, borders)
+        # A cut here or before has nothing on its other side.
+        first = oldest_ms // (kept or last) * (kept or last)
+        start, end = bounds.start_ms, bounds.end_ms
+        if start > first:
+            width = self._width_at(start, borders)
+            start = borders[-1] if width is None else start // width * width
+        elif kept is None and end > first:
+            start = borders[-1]
+        if end > first:
+            width = self._width_at(end, borders)
+            end = max(start, borders[-1]) + last if width is None else -(-end // width) * width
+        return Bounds(start, max(end, start + self.tiers[0].width_ms))
 
     def roll_up(self, newest_ms: int) -> RollUp:
         """What a merge of cells does now to those before the borders."""

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from topk_grpc.config import ShardSettings
 from topk_grpc.errors import NotReadyError, ResourceExhaustedError, StorageError, WriteFailedError
+from topk_grpc.model import Window
 from topk_grpc.rpc import log
 from topk_grpc.shard.core import ShardCore
 
@@ -95,6 +96,10 @@ class ShardOwner:
     def _check_serving(self) -> None:
         if self._closing or self.failed.done():
             raise NotReadyError("the shard is stopping: ask again, it is back soon")
+
+    def stands(self, window: Window | None) -> bool:
+        """Whether a window is kept up to date, as far as can be seen without waiting."""
+        return window in self._core.state.standing
 
     async def read(self, query: Callable[[ShardCore], T]) -> T:
         """Runs a query of well under a millisecond between two groups."""

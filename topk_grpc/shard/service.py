@@ -102,7 +102,8 @@ class ShardService(_Base):  # type: ignore[misc]
         def answer_if_short(core: ShardCore) -> pb.QueryTopKResponse | None:
             return None if query.scans(core.state, scope, request.k) else answer(core)
 
-        short = await self._owner.read(answer_if_short)
+        may_be_short = scope.bounds is None or self._owner.stands(scope.standing)
+        short = await self._owner.read(answer_if_short) if may_be_short else None
         return short if short is not None else await self._scan(("top_k", scope, request.k), scope, answer)
 
     async def _scan(self, key: Hashable, scope: Scope, answer: Callable[[ShardCore], T]) -> T:
