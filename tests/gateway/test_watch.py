@@ -22,6 +22,7 @@ from topk_grpc.model import (
     GlobalWindow,
     Play,
     RangeWindow,
+    SessionWindow,
     SlidingWindow,
     TumblingWindow,
     Window,
@@ -137,6 +138,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
         (TumblingWindow(600_000), ""),
         (SLIDING, "US"),
         (SlidingWindow(600_000, 60_000), ""),
+        (SessionWindow(60_000), ""),
         (RangeWindow(NOW // 1000 * 1000 - 500_000, NOW // 1000 * 1000 - 100_000), ""),
     ],
 )
