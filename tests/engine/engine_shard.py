@@ -10,12 +10,14 @@ import numpy as np
 
 from tests.oracle import ModelOutcome, ModelPart, Ranked, ShardModel, Tally
 from topk_grpc.engine import query
-from topk_grpc.engine.admission import Limits, admit
+from topk_grpc.engine.admission import Admission, Limits, admit, read_request
 from topk_grpc.engine.apply import apply, replay
-from topk_grpc.engine.cells import choose_merge, merge, ordered_cells
+from topk_grpc.engine.cells import choose_merges, ordered_cells
+from topk_grpc.engine.deletion import Deleted, delete, plays_of
 from topk_grpc.engine.query import Scope
 from topk_grpc.engine.state import ShardState
-from topk_grpc.model import Bounds, ClusterSettings
+from topk_grpc.engine.tiers import parse_tiers
+from topk_grpc.model import Bounds, ClusterSettings, Window
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 
 NOW = 1_700_000_000_000
@@ -58,19 +60,32 @@ def outcome_of(message: pb.BatchOutcome) -> ModelOutcome:
 
 
 class EngineShard:
-    def __init__(self, settings: ClusterSettings, heap_size: int, owned: Iterable[int]) -> None:
+    def __init__(self, settings: ClusterSettings, heap_size: int, owned: Iterable[int], tiers: str = "") -> None:
         self.settings, self.heap_size, self.owned = settings, heap_size, sorted(owned)
-        self.state = ShardState(settings, heap_size)
-        self.state.own(self.owned)
-        self.log: list[bytes | int] = []  # an int: producers idle before that time are forgotten
+        self.tiers = parse_tiers(tiers, settings.resolution_ms) if tiers else None
+        self.state = self._new_state()
+        # An int: producers idle before that time are forgotten. A tuple: these windows stand. A text: the song is gone.
+        self.log: list[bytes | int | str | tuple[Window, ...]] = []
         self._snapshot: tuple[int, str, dict[str, Any], dict[str, dict[int, Any]]] | None = None
 
     def commit(self, requests: Sequence[bytes], limits: Limits) -> list[pb.AppendResponse]:
-        """A group: all are admitted, then logged, then applied."""
-        admissions = [admit(self.state, request, limits) for request in requests]
-        self.log += [b"".join(admission.payload) for admission in admissions if admission.payload]
-        for admission in admissions:
-            apply(self.state, admission)
+        """A group: all are admitted, then logged, then applied; what takes plays back finds all before it applied."""
+        admissions: list[Admission] = []
+        applied = 0
+
+        def take_through() -> None:
+            nonlocal applied
+            self.log += [b"".join(admission.payload) for admission in admissions[applied:] if admission.payload]
+            for admission in admissions[applied:]:
+                apply(self.state, admission)
+            applied = len(admissions)
+
+        for request in requests:
+            read = read_request(request)
+            if read.corrects:
+                take_through()
+            admissions.append(admit(self.state, read, limits))
+        take_through()
         return [pb.AppendResponse.FromString(admission.response()) for admission in admissions]
 
     def submit(self, *parts: ModelPart, limits: Limits | None = None) -> list[ModelOutcome]:
@@ -85,26 +100,48 @@ class EngineShard:
             self.state.producers.forget_idle(before_ms)
         return idle
 
+    def _new_state(self) -> ShardState:
+        state = ShardState(self.settings, self.heap_size, self.tiers)
+        state.own(self.owned)
+        return state
+
+    def let_stand(self, windows: tuple[Window, ...]) -> None:
+        """These windows are kept up to date from here on, and no others."""
+        self.log.append(windows)
+        self._let_stand(windows)
+
+    def _let_stand(self, windows: tuple[Window, ...]) -> None:
+        self.state.configure(self.state.tiers.tiers, windows)
+
+    def delete_song(self, song_id: str) -> Deleted:
+        had = plays_of(self.state, song_id)
+        self.log.append(song_id)
+        delete(self.state, song_id)
+        return had
+
     def take_snapshot(self, *, use_blocks: bool) -> None:
         """As a shard does, blocks included; `use_blocks`: the live state goes on with them, as it does afterwards."""
         meta, arrays = self.state.to_snapshot()
-        taken = self.state.take_chunks()
         blocks: dict[str, dict[int, Any]] = {}
-        for name, chunks in taken.items():
-            cells = self.state.boards[name].cells
-            standing = dict(cells.blocks)
-            merged = choose_merge(chunks, standing) if chunks else []
-            kept = {number: one for number, one in standing.items() if number not in merged}
-            if chunks:
-                number = len(self.log) + 1
-                whole = merge([*(standing[old] for old in merged), *chunks])
-                # Read-only and little more than bytes, as storage gives them back.
-                columns = {
-                    column: np.frombuffer(array.tobytes(), array.dtype) for column, array in whole.columns().items()
-                }
-                kept[number] = ordered_cells(columns)
+        roll_up = self.state.roll_up
+        for name, board in self.state.boards.items():
+            cells = board.cells
+            kept = dict(cells.blocks)
+            for index, merged in enumerate(choose_merges(cells.take_chunks(), kept, cells.done, roll_up)):
+                number = 2 * len(self.log) + 2 + index
+                whole = merged.cells(roll_up)
+                for old in merged.blocks:
+                    del kept[old]
+                block = None
+                if len(whole):
+                    # Read-only and little more than bytes, as storage gives them back.
+                    columns = {
+                        column: np.frombuffer(array.tobytes(), array.dtype) for column, array in whole.columns().items()
+                    }
+                    kept[number] = block = ordered_cells(columns)
+                    meta["blocks_rolled_up"][name][str(number)] = roll_up.borders
                 if use_blocks:
-                    cells.replace(len(chunks), merged, number, kept[number])
+                    cells.replace(merged, number, block, roll_up.borders)
             blocks[name] = {number: dict(one.columns()) for number, one in kept.items()}
         copies = {
             name: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape) for name, array in arrays.items()
@@ -116,14 +153,17 @@ class EngineShard:
         self.heap_size = heap_size or self.heap_size
         position = 0
         if self._snapshot is None:
-            self.state = ShardState(self.settings, self.heap_size)
-            self.state.own(self.owned)
+            self.state = self._new_state()
         else:
             position, meta, arrays, blocks = self._snapshot
             self.state = ShardState.from_snapshot(self.settings, self.heap_size, json.loads(meta), arrays, blocks)
         for record in self.log[position:]:
             if isinstance(record, int):
                 self.state.producers.forget_idle(record)
+            elif isinstance(record, str):
+                delete(self.state, record)
+            elif isinstance(record, tuple):
+                self._let_stand(record)
             else:
                 replay(self.state, memoryview(record))
 

@@ -11,7 +11,7 @@ import pytest
 from tests.engine.engine_shard import DAY, NOW, EngineShard, append_request
 from tests.oracle import ModelPart, slot_of
 from topk_grpc.engine import query
-from topk_grpc.engine.admission import Limits, admit
+from topk_grpc.engine.admission import Limits, admit, read_request
 from topk_grpc.engine.query import Scope
 from topk_grpc.engine.state import ShardState
 from topk_grpc.errors import ForeignDirectoryError, InvalidArgumentError
@@ -244,7 +244,7 @@ def test_a_request_that_no_gateway_sends_is_refused_and_changes_nothing(request_
     shard = new_shard()
     before = json.dumps(shard.state.to_snapshot()[0])
     with pytest.raises(InvalidArgumentError):
-        admit(shard.state, request_bytes, Limits(now_ms=NOW))
+        admit(shard.state, read_request(request_bytes), Limits(now_ms=NOW))
     assert json.dumps(shard.state.to_snapshot()[0]) == before
     assert shard.state.pending_plays == 0
     (outcome,) = shard.submit(part(1, play("a")))
@@ -268,7 +268,7 @@ def test_a_snapshot_does_not_change_with_the_state_it_was_taken_from() -> None:
     batch = part(1, *(play(song, NOW + DAY) for song in songs[:5] + foreign), play(songs[9], NOW, 1, "x"))
     shard.submit(batch)
     meta, arrays = shard.state.to_snapshot()
-    chunks = shard.state.take_chunks()
+    chunks = {name: board.cells.take_chunks() for name, board in shard.state.boards.items()}
     kept = copy.deepcopy((meta, arrays, [cells.columns() for each in chunks.values() for cells in each]))
     shard.state.own(later)
     shard.submit(batch)  # more rejects of the same batch

@@ -22,8 +22,11 @@ SONGS = ("a", "b", "é", "\0")
 CHARTS = ("US", "DE", "rock")
 
 
-def new_shard(resolution_ms: int = 1000) -> EngineShard:
-    return EngineShard(ClusterSettings(SLOTS, "ring", resolution_ms), 10, range(SLOTS))
+LATER = Limits(now_ms=NOW + 4 * DAY)
+
+
+def new_shard(tiers: str = "") -> EngineShard:
+    return EngineShard(ClusterSettings(SLOTS, "ring", 1000), 10, range(SLOTS), tiers)
 
 
 def part(sequence: int, *plays: Play, producer: str = "p") -> ModelPart:
@@ -166,6 +169,50 @@ def test_a_whole_batch_of_corrections_takes_no_pass_each() -> None:
     back = [play(one.song_id, -2 if i % 2 else -3, "US", at=one.played_at_ms) for i, one in enumerate(plays)]
     assert rejects(shard, part(2, *back), part(3, *back)) == [{}, refused(*range(many))]
     assert query.totals(shard.state, Scope()).plays == query.totals(shard.state, Scope("US")).plays == many // 2
+
+
+def test_the_bucket_is_that_of_the_tier_which_covers_the_time_whether_rolled_up_or_not() -> None:
+    for snapshots in (False, True):
+        shard = new_shard(tiers="1s:1h,1m:1d,1h:*")
+        minute = NOW // 60_000 * 60_000
+        early = [play("a", 3, "US", at=minute + 5_000), play("a", 3, at=minute + 40_000)]
+        shard.submit(part(1, *early))
+        # Within the hour buckets are seconds.
+        assert rejects(shard, part(2, play("a", -1, at=minute + 20_000), play("a", -4, at=minute + 40_000))) == [
+            refused(0, 1)
+        ]
+        # A play of the same batch moves the border beyond them: it comes first.
+        back = [play("a", -4, at=minute + 20_000), play("a", -2, "US", at=minute), play("a", -1, at=minute + 59_999)]
+        if snapshots:
+            shard.submit(part(3, play("b", at=minute + 2 * 3_600_000), producer="q"), limits=LATER)
+            shard.take_snapshot(use_blocks=True)
+        else:
+            back.append(play("b", at=minute + 2 * 3_600_000))
+        (outcome,) = shard.submit(part(3, *back), limits=LATER)
+        assert outcome.rejects == refused(2)
+        for _ in range(2):
+            assert [count(shard, "a"), count(shard, "a", "US")] == [0, 1]
+            assert count(shard, "a", "US", Bounds(minute, minute + 60_000)) == 1
+            shard.take_snapshot(use_blocks=True)
+            shard.recover()
+
+
+def test_plays_that_are_not_kept_by_time_any_more_are_only_taken_back_with_their_song() -> None:
+    shard = new_shard(tiers="1s:1h,1m:1d")
+    shard.submit(part(1, play("a", 3, "US"), play("a", 2), play("b", 1, "US")))
+    shard.submit(part(2, play("a", 4, at=NOW + 3 * DAY), play("b", at=NOW + 3 * DAY)), limits=LATER)
+    for turn in range(2):  # at the second they are gone from the cells
+        (outcome,) = shard.submit(part(3 + turn, play("a", -1), play("a", -1, "US")), limits=LATER)
+        assert outcome.rejects == refused(0, 1)
+        assert [count(shard, "a"), count(shard, "a", "US")] == [9, 3]
+        shard.take_snapshot(use_blocks=True)
+    assert shard.delete_song("a") == Deleted(9, 1)
+    for _ in range(3):
+        assert query.totals(shard.state, Scope()) == query.Totals(2, 1)
+        assert query.charts(shard.state) == [("US", query.Totals(1, 1))]
+        assert count(shard, "a", "", Bounds(NOW + 3 * DAY - 60_000, NOW + 3 * DAY + 60_000)) == 0
+        shard.recover()
+        shard.take_snapshot(use_blocks=True)
 
 
 # --- Whole songs ------------------------------------------------------------------------------------------------------
