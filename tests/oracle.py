@@ -66,8 +66,8 @@ def bounds_of(window: Window, at_ms: int, resolution_ms: int) -> Bounds | None:
             return Bounds(start, end)
 
 
-NOT_KEPT = 1 << 62
-"""As a width: no instant cuts it."""
+def is_within(inner: Bounds, outer: Bounds) -> bool:
+    return outer.start_ms <= inner.start_ms and inner.end_ms <= outer.end_ms
 
 
 NOT_KEPT = 1 << 62
@@ -95,11 +95,11 @@ class Tiers:
                 return width
         return NOT_KEPT
 
-    def cuts_at(self, at_ms: int, newest_ms: int, oldest_ms: int) -> bool:
+    def cuts_at(self, at_ms: int, newest_ms: int, oldest_ms: int = -NOT_KEPT) -> bool:
         """Whether plays before and after that time are told apart; there is nothing to tell before the oldest."""
         return at_ms <= oldest_ms or at_ms % self.width_at(at_ms, newest_ms) == 0
 
-    def around(self, bounds: Bounds, newest_ms: int, oldest_ms: int) -> Bounds:
+    def around(self, bounds: Bounds, newest_ms: int, oldest_ms: int = -NOT_KEPT) -> Bounds:
         """The least span around that one that is cut exactly."""
         finest = self.steps[0][0]
         starts, ends = itertools.count(bounds.start_ms, -finest), itertools.count(bounds.end_ms, finest)
@@ -124,10 +124,15 @@ class Truth:
 
 @dataclass
 class Tally:
-    """All plays that count, corrections among them."""
+    """All plays that count, corrections among them; and those that did until their song was deleted."""
 
     plays: list[Play] = field(default_factory=list)
     resolution_ms: int = 1000
+    deleted: list[Play] = field(default_factory=list)
+
+    def delete_song(self, song_id: str) -> None:
+        self.deleted += [play for play in self.plays if play.song_id == song_id]
+        self.plays = [play for play in self.plays if play.song_id != song_id]
 
     def _named(self, chart: str) -> Iterator[Play]:
         return (play for play in self.plays if not chart or chart in play.charts)
@@ -194,6 +199,8 @@ class Tally:
     def kept(self, chart: str, song_id: str, at_ms: int, tiers: Tiers) -> int:
         """The plays of a song in the bucket that a play of that time is kept in: what a correction can take back."""
         width = tiers.width_at(at_ms, self.newest_ms())
+        if width == NOT_KEPT:
+            return 0
         start = at_ms - at_ms % width
         return self.counts(chart, Bounds(start, start + width)).get(song_id, 0)
 
@@ -204,11 +211,11 @@ class Tally:
         return {name: (sum(counts.values()), len(counts)) for name, counts in held.items() if counts}
 
     def newest_ms(self) -> int:
-        return max((play.played_at_ms for play in self.plays), default=0)
+        return max((play.played_at_ms for play in self.plays + self.deleted), default=0)
 
     def oldest_ms(self, tiers: Tiers) -> int:
         """Where the bucket of the oldest play begins; far ahead without any."""
-        oldest = min((play.played_at_ms for play in self.plays), default=1 << 60)
+        oldest = min((play.played_at_ms for play in self.plays + self.deleted), default=1 << 60)
         return oldest - oldest % tiers.width_at(oldest, self.newest_ms())
 
 
@@ -288,7 +295,8 @@ class ShardModel:
         self.tally = Tally(resolution_ms=self.resolution_ms)
         self.tiers = Tiers(self.steps or ((self.resolution_ms, None),))
 
-    def submit(self, part: ModelPart, now_ms: int) -> ModelOutcome:
+    def submit(self, part: ModelPart, now_ms: int, said: Mapping[int, str] | None = None) -> ModelOutcome:
+        """Decides. `said`: what the shard rejected, where its standing windows keep finer buckets than the tiers do."""
         outcome = ModelOutcome()
         producer = self.producers.get(part.producer_id)
         if producer is None and 0 < part.first_sent_ms < now_ms - self.ttl_ms:
@@ -308,7 +316,7 @@ class ShardModel:
             producer.seen.setdefault(slot, set()).add(part.sequence)
         producer.last_seen_ms = max(producer.last_seen_ms, now_ms, part.first_sent_ms)
         producer.permanent |= not part.first_sent_ms
-        rejects = self._count([one for one in part.plays if slot_of(one[1].song_id, self.slots) in fresh], now_ms)
+        rejects = self._count([one for one in part.plays if slot_of(one[1].song_id, self.slots) in fresh], now_ms, said)
         if rejects:
             producer.rejects.setdefault(part.sequence, {}).update(rejects)
             for old in [known for known in producer.rejects if known + 64 < part.sequence]:
@@ -321,7 +329,7 @@ class ShardModel:
         seen = producer.seen.get(slot, set())
         return sequence in seen or sequence < max(seen, default=0) - 64
 
-    def _count(self, plays: Sequence[tuple[int, Play]], now_ms: int) -> dict[int, str]:
+    def _count(self, plays: Sequence[tuple[int, Play]], now_ms: int, said: Mapping[int, str] | None) -> dict[int, str]:
         rejects: dict[int, str] = {}
         total = sum(play.count for play in self.tally.plays)
         left: list[tuple[int, Play]] = []
@@ -337,10 +345,10 @@ class ShardModel:
         for index, play in left:
             names = self.charts_named | set(play.charts)
             if play.count < 0:
-                kept = [
-                    self.tally.kept(chart, play.song_id, play.played_at_ms, self.tiers) for chart in ("", *play.charts)
-                ]
-                if min(kept) + play.count < 0:
+                refused = self._makes_negative(play, self.tiers)
+                if said is not None and refused != self._makes_negative(play, Tiers(((self.resolution_ms, None),))):
+                    refused = index in said
+                if refused:
                     rejects[index] = "NEGATIVE_BUCKET"
                     continue
             if len(names) > max(self.charts_max, len(self.charts_named)):
@@ -349,6 +357,10 @@ class ShardModel:
             self.charts_named = names
             self.tally.plays.append(play)
         return rejects
+
+    def _makes_negative(self, play: Play, tiers: Tiers) -> bool:
+        kept = (self.tally.kept(chart, play.song_id, play.played_at_ms, tiers) for chart in ("", *play.charts))
+        return min(kept) + play.count < 0
 
     def expire(self, before_ms: int) -> int:
         idle = [name for name, one in self.producers.items() if not one.permanent and one.last_seen_ms < before_ms]

@@ -5,12 +5,13 @@ Times are relative to the clock of the test, so that the borders of small tiers 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from hypothesis import strategies as st
 
-from topk_grpc.model import GlobalWindow, RangeWindow, SessionWindow, SlidingWindow, TumblingWindow, Window
+from topk_grpc.model import GlobalWindow, Play, RangeWindow, SessionWindow, SlidingWindow, TumblingWindow, Window
 
 NOW: Final = 1_700_000_000_000
 SECOND: Final = 1000
@@ -25,6 +26,12 @@ TIERS: Final = (
     "1s:5m,20s:20m",  # what is older counts only for all time
 )
 """All with ten minutes of slack on top."""
+
+
+def range_around(plays: Sequence[Play], step: AskAround) -> RangeWindow:
+    first, last = (plays[which % len(plays)].played_at_ms // SECOND for which in (step.first, step.last))
+    edges = {first + step.seconds[0], last + step.seconds[1]}
+    return RangeWindow(min(edges) * SECOND, max(edges) * SECOND + (SECOND if len(edges) == 1 else 0))
 
 
 def steps_of(tiers: str) -> tuple[tuple[int, int | None], ...]:
@@ -47,7 +54,7 @@ AGES: Final = st.one_of(
     st.integers(9 * MINUTE, 22 * MINUTE),
     st.integers(0, 60 * MINUTE),
     st.integers(-300_000, 0),
-    st.sampled_from([400 * 24 * 60 * MINUTE, NOW + 5000]),
+    st.sampled_from([400 * 24 * 60 * MINUTE, 2 * NOW]),  # a year ago, and long before 1970
 )
 NAMED: Final = st.lists(st.sampled_from(CHARTS), unique=True, max_size=2).map(tuple)
 
@@ -91,6 +98,11 @@ class TakeBack:
 
 
 @dataclass(frozen=True)
+class Delete:
+    song_id: str
+
+
+@dataclass(frozen=True)
 class Pass:
     milliseconds: int
 
@@ -106,6 +118,18 @@ class Recover:
 
 
 @dataclass(frozen=True)
+class Stand:
+    """These windows are kept up to date from here on, and no others."""
+
+    which: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Standing windows are moved to the clock."""
+
+
+@dataclass(frozen=True)
 class Ask:
     """Windows, each at the clock, at the newest play (None), or at an instant before the clock."""
 
@@ -115,7 +139,17 @@ class Ask:
     chart: str
 
 
-Step = Send | TakeBack | Pass | Snapshot | Recover | Ask
+@dataclass(frozen=True)
+class AskAround:
+    """A range that begins and ends around plays that counted, by so many seconds."""
+
+    first: int
+    last: int
+    seconds: tuple[int, int]
+    chart: str
+
+
+Step = Send | TakeBack | Delete | Pass | Snapshot | Recover | Stand | Move | Ask | AskAround
 
 COUNTS: Final = st.one_of(*[st.integers(1, 4)] * 8, st.integers(-3, -1))
 PLAYS: Final = st.tuples(st.sampled_from(SONGS), AGES, COUNTS, NAMED)
@@ -125,6 +159,15 @@ STEPS: Final[st.SearchStrategy[Step]] = st.one_of(
     st.builds(Pass, st.one_of(st.integers(0, 5_000), st.integers(0, 2 * MINUTE), st.integers(8 * MINUTE, 20 * MINUTE))),
     st.builds(Snapshot, st.booleans()),
     st.builds(Recover, st.sampled_from([1, 3, 50])),
+    st.builds(
+        AskAround,
+        st.integers(0, 30),
+        st.integers(0, 30),
+        st.tuples(st.integers(-30, 30), st.integers(-30, 30)),
+        st.sampled_from(["", "US"]),
+    ),
+    st.builds(Stand, st.lists(st.integers(0, 7), max_size=4).map(tuple)),
+    st.just(Move()),
     *[
         st.builds(
             Ask,

@@ -1,0 +1,158 @@
+"""Every window against the naive tally: plays late, ahead and taken back, over the borders of tiers, after recovery.
+
+Time passes and the same windows are asked for again: those that are kept up to date as plays arrive have to say what
+those say that are counted anew.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from tests.engine.engine_shard import NOW, EngineShard, check_ranked
+from tests.oracle import ModelPart, ShardModel, bounds_of, combined, is_within
+from tests.window_traffic import (
+    CHARTS,
+    SECOND,
+    SONGS,
+    STEPS,
+    TIERS,
+    WINDOWS,
+    Ask,
+    AskAround,
+    Delete,
+    Move,
+    Pass,
+    Recover,
+    Send,
+    Snapshot,
+    Stand,
+    Step,
+    TakeBack,
+    range_around,
+    steps_of,
+)
+from topk_grpc.engine import cells, query
+from topk_grpc.engine import windows as engine_windows
+from topk_grpc.engine.admission import Limits
+from topk_grpc.engine.query import Scope
+from topk_grpc.errors import OutOfRangeError
+from topk_grpc.model import Bounds, ClusterSettings, GlobalWindow, Play, RangeWindow, SessionWindow, Window
+
+SLOTS: Final = 4
+
+
+class Traffic:
+    """Runs steps on the engine and on the model, and compares what they say."""
+
+    compared = 0
+
+    def __init__(self, tiers: str, windows: list[Window], heap_size: int) -> None:
+        self.shard = EngineShard(ClusterSettings(SLOTS, "ring", SECOND), heap_size, range(SLOTS), tiers)
+        self.model = ShardModel(SLOTS, frozenset(range(SLOTS)), SECOND, steps=steps_of(tiers))
+        self.windows = windows
+        self.now = NOW
+        self.sequence = 0
+
+    def run(self, step: Step) -> None:
+        match step:
+            case Send(plays):
+                self.send(*(Play(song_id, self.now - age, count, charts) for song_id, age, count, charts in plays))
+            case TakeBack(which, count, whole_charts, later_ms):
+                counted = self.model.tally.plays
+                if counted:
+                    play = counted[which % len(counted)]
+                    charts = play.charts if whole_charts else CHARTS
+                    self.send(Play(play.song_id, play.played_at_ms + later_ms, -count, charts))
+            case Delete(song_id):
+                self.shard.delete_song(song_id)
+                self.model.tally.delete_song(song_id)
+            case Pass(milliseconds):
+                self.now += milliseconds
+            case Snapshot(use_blocks):
+                self.shard.take_snapshot(use_blocks=use_blocks)
+            case Recover(heap_size):
+                self.shard.recover(heap_size)
+            case Stand(which):
+                chosen = [self.windows[number % len(self.windows)] for number in which]
+                self.shard.let_stand(tuple(one for one in chosen if not isinstance(one, GlobalWindow | RangeWindow)))
+            case Move():
+                for window in self.shard.state.standing:
+                    bounds = bounds_of(window, self.now, self.shard.settings.resolution_ms)
+                    assert bounds is not None
+                    self.shard.state.move_standing(window, bounds)
+            case Ask(live, before_ms, which, chart):
+                at_ms = (
+                    self.now if live else self.model.tally.newest_ms() if before_ms is None else self.now - before_ms
+                )
+                for number in which:
+                    self.ask(self.windows[number % len(self.windows)], at_ms, chart, live=live)
+
+            case AskAround():
+                if self.model.tally.plays:
+                    self.ask(range_around(self.model.tally.plays, step), self.now, step.chart, live=False)
+
+    def send(self, *plays: Play) -> None:
+        self.sequence += 1
+        part = ModelPart("p", self.sequence, self.now, tuple(combined(enumerate(plays), SECOND)))
+        [said] = self.shard.submit(part, limits=Limits(now_ms=self.now))
+        expected = self.model.submit(part, self.now, said.rejects)
+        assert said == expected
+        for reason in expected.rejects.values():
+            event(reason)
+
+    def ask(self, window: Window, at_ms: int, chart: str, *, live: bool) -> None:
+        """An answer equals the tally's; a refusal is right, and so are the bounds that it names."""
+        tally, tiers = self.model.tally, self.model.tiers
+        truth = tally.truth(window, at_ms, chart)
+        assert engine_windows.bounds_of(window, at_ms, SECOND) == truth.bounds
+        gap_ms = window.gap_ms if isinstance(window, SessionWindow) else 0
+        scope = Scope(chart, truth.bounds, gap_ms, window if live else None)
+        try:
+            query.top_k(self.shard.state, scope, 1)
+        except OutOfRangeError as refusal:
+            event(f"{type(window).__name__} refused")
+            assert not tally.has_to_answer(window, truth, tiers), (window, at_ms)
+            if truth.bounds is not None and tiers.keep_all:
+                near = Bounds(refusal.start_ms, refusal.end_ms)
+                assert is_within(truth.bounds, near)
+                assert is_within(near, tiers.around(truth.bounds, tally.newest_ms()))
+                self.compare(Scope(chart, near), tally.ranked(chart, near), {})
+            return
+        event(f"{type(window).__name__} answered")
+        self.compare(scope, truth.ranked, truth.sessions)
+
+    def compare(self, scope: Scope, ranked: list[tuple[str, int]], sessions: dict[str, Bounds]) -> None:
+        Traffic.compared += 1
+        check_ranked(self.shard.state, scope, ranked, sessions, [*SONGS, "unheard of"], {1, 3, 10_000})
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    steps=st.lists(STEPS, min_size=3, max_size=25),
+    tiers=st.sampled_from(TIERS),
+    windows=st.lists(WINDOWS, min_size=1, max_size=8, unique=True),
+    heap_size=st.sampled_from([1, 3, 50]),
+    chunk_cells=st.sampled_from([3, 1 << 10]),
+)
+def test_windows_say_what_the_tally_says(
+    steps: list[Step], tiers: str, windows: list[Window], heap_size: int, chunk_cells: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "CHUNK_CELLS", chunk_cells)
+        traffic = Traffic(tiers, windows, heap_size)
+        for step in steps:
+            traffic.run(step)
+        for step in (Move(), Recover(heap_size), Snapshot(True), Recover(heap_size)):
+            for chart in ("", "US"):
+                traffic.run(Ask(True, None, tuple(range(len(windows))), chart))
+            traffic.run(step)
+        traffic.run(Ask(True, None, tuple(range(len(windows))), ""))
+
+
+@given(WINDOWS, st.integers(-3_000_000, 3_000_000), st.sampled_from([1, 500, 1000]))
+def test_bounds_are_what_walking_the_grid_finds(window: Window, at_ms: int, resolution_ms: int) -> None:
+    assert engine_windows.bounds_of(window, at_ms, resolution_ms) == bounds_of(window, at_ms, resolution_ms)
