@@ -316,7 +316,7 @@ def tumbling(size_ms: int, offset_ms: int = 0) -> query_pb2.Window:
 BAD_QUERIES: dict[str, tuple[pb.GetTopKRequest, str, str]] = {
     "k is 0": (pb.GetTopKRequest(window=GLOBAL), "INVALID_ARGUMENT", "k is 0: ask for 1 to 10000 entries"),
     "k is 10,001": (pb.GetTopKRequest(window=GLOBAL, k=10_001), "INVALID_ARGUMENT", "ask for 1 to 10000 entries"),
-    "no window": (pb.GetTopKRequest(k=1), "INVALID_ARGUMENT", "set window.global or window.tumbling"),
+    "no window": (pb.GetTopKRequest(k=1), "INVALID_ARGUMENT", "set window.global, tumbling"),
     "unknown window": (
         # Field 15 of Window: a kind that a later release may know.
         pb.GetTopKRequest(window=query_pb2.Window.FromString(b"\x7a\x02\x08\x01"), k=1),
