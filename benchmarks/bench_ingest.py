@@ -98,7 +98,8 @@ class Subject:
         return [one[name] for one in self.rounds if one[name] is not None]
 
 
-def _generator(scratch: Path, options: Options, batch_plays: int, address: str, *more: object) -> Process:
+def generator(scratch: Path, options: Options, batch_plays: int, address: str, *more: object) -> Process:
+    """The load that is sent to an address."""
     command = module(
         "benchmarks.generator", address, "--songs", options.songs, "--zipf", options.zipf, "--batch-plays", batch_plays,
         "--pool-plays", options.pool_plays, "--streams", options.streams, "--in-flight", options.in_flight, *more,
@@ -108,7 +109,7 @@ def _generator(scratch: Path, options: Options, batch_plays: int, address: str, 
 
 def _system(stack: ExitStack, scratch: Path, options: Options, batch_plays: int) -> Subject:
     cluster = stack.enter_context(Cluster(scratch / f"cluster-{batch_plays}", shards=2))
-    load = stack.enter_context(_generator(scratch, options, batch_plays, cluster.address))
+    load = stack.enter_context(generator(scratch, options, batch_plays, cluster.address))
     load.ask(do="load")
     return Subject("system", load, [cluster, load])
 
@@ -117,7 +118,7 @@ def _relay(stack: ExitStack, scratch: Path, options: Options, batch_plays: int) 
     sinks = [stack.enter_context(Process(module("benchmarks.relay"), scratch)) for _ in range(2)]
     between = stack.enter_context(Process(module("benchmarks.relay", *(sink.greeting for sink in sinks)), scratch))
     load = stack.enter_context(
-        _generator(scratch, options, batch_plays, between.greeting, "--method", relay.METHOD, "--no-check")
+        generator(scratch, options, batch_plays, between.greeting, "--method", relay.METHOD, "--no-check")
     )
     return Subject("relay", load, [*sinks, between, load])
 

@@ -59,7 +59,8 @@ def _queries(options: Options) -> dict[str, Query]:
     }
 
 
-async def _measure(address: str, queries: dict[str, Query], times: int) -> dict[str, list[float]]:
+async def measure(address: str, queries: dict[str, Query], times: int) -> dict[str, list[float]]:
+    """Milliseconds that each kind of query took, one after another."""
     taken: dict[str, list[float]] = {name: [] for name in queries}
     async with TopKClient(address) as client:
         for name, query in queries.items():
@@ -71,9 +72,9 @@ async def _measure(address: str, queries: dict[str, Query], times: int) -> dict[
     return taken
 
 
-async def _measure_busy(address: str, queries: dict[str, Query], times: int, load: Process) -> dict[str, list[float]]:
+async def measure_busy(address: str, queries: dict[str, Query], times: int, load: Process) -> dict[str, list[float]]:
     """While batches stream in, for as long as it takes."""
-    asking = asyncio.create_task(_measure(address, queries, times))
+    asking = asyncio.create_task(measure(address, queries, times))
     while not asking.done():
         await asyncio.to_thread(load.ask, do="prepare", seconds=1.0)
         await asyncio.to_thread(load.ask, do="run", seconds=1.0)
@@ -101,8 +102,8 @@ def run(options: Options) -> Report:
         wait_quiet(cluster.pids())
         loop_factory: Any = uvloop.new_event_loop
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            idle = runner.run(_measure(cluster.address, queries, options.queries))
-            busy = runner.run(_measure_busy(cluster.address, queries, options.busy_queries, load))
+            idle = runner.run(measure(cluster.address, queries, options.queries))
+            busy = runner.run(measure_busy(cluster.address, queries, options.busy_queries, load))
     for state, taken in (("idle", idle), ("under ingest", busy)):
         for name, values in taken.items():
             targeted = state == "idle" and name.endswith("global") and name.startswith("GetTopK")

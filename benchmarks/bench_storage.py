@@ -40,7 +40,7 @@ class Options:
     data_dir: Path | None = None
 
 
-def _append_request(raw: bytes, sequence: int, now_ms: int, cluster: ClusterSettings) -> bytes:
+def append_request(raw: bytes, sequence: int, now_ms: int, cluster: ClusterSettings) -> bytes:
     """What the gateway makes of a client's request when one shard owns everything."""
     spans, _ = message_spans(raw, 0, len(raw), 1)
     columns = decode_batch(raw, spans, 128, 8, 64, 65_536)
@@ -58,7 +58,7 @@ def _requests(options: Options, cluster: ClusterSettings) -> list[bytes]:
     made = []
     for turn in range(max(1, options.plays // options.batch_plays)):
         raw = request(pool.batch(turn, 0), _PRODUCER, turn + 1, now_ms)
-        made.append(_append_request(raw, turn + 1, now_ms, cluster))
+        made.append(append_request(raw, turn + 1, now_ms, cluster))
     return made
 
 

@@ -140,7 +140,12 @@ def _machine_notes() -> Iterator[str]:
     yield f"Machine: {os.cpu_count()} processors, Python {sys.version.partition(' ')[0]}."
 
 
-def percentiles(name: str, values_ms: Sequence[float], target_p50: Target | None = None) -> list[Figure]:
+def percentiles(
+    name: str, values_ms: Sequence[float], target_p50: Target | None = None, target_p99: Target | None = None
+) -> list[Figure]:
     """Two figures, the 50th and 99th percentile of times in milliseconds."""
     cuts = statistics.quantiles(values_ms, n=100, method="inclusive")
-    return [Figure(f"{name}, p50", cuts[49], "ms", target=target_p50), Figure(f"{name}, p99", cuts[98], "ms")]
+    return [
+        Figure(f"{name}, p50", cuts[49], "ms", target=target_p50),
+        Figure(f"{name}, p99", cuts[98], "ms", target=target_p99),
+    ]

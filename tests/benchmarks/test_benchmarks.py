@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import bench_ingest, bench_memory, bench_query, bench_storage, figures, harness, plays
+from benchmarks import bench_ingest, bench_memory, bench_query, bench_storage, bench_windows, figures, harness, plays
 from benchmarks.figures import Figure, Report, Target
 from benchmarks.harness import BenchmarkError
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
@@ -64,6 +64,16 @@ def test_memory_measures_an_entry(disk: Path) -> None:
 
 def test_storage_measures_a_core(disk: Path) -> None:
     report = bench_storage.run(bench_storage.Options(plays=4096, songs=200, batch_plays=256, data_dir=disk))
+    assert all(figure.value > 0 for figure in report.figures)
+
+
+def test_windows_measure_ingest_queries_slides_and_size(disk: Path) -> None:
+    options = bench_windows.Options(
+        rounds=1, seconds=0.2, songs=600, many_songs=1200, slide_plays=3000, k=10, queries=2, busy_queries=2,
+        batch_plays=256, pool_plays=2048, data_dir=disk,
+    )  # fmt: skip
+    report = bench_windows.run(options)
+    assert sum(figure.target is not None for figure in report.figures) == 10
     assert all(figure.value > 0 for figure in report.figures)
 
 
