@@ -48,8 +48,6 @@ SLOTS: Final = 4
 class Traffic:
     """Runs steps on the engine and on the model, and compares what they say."""
 
-    compared = 0
-
     def __init__(self, tiers: str, windows: list[Window], heap_size: int) -> None:
         self.shard = EngineShard(ClusterSettings(SLOTS, "ring", SECOND), heap_size, range(SLOTS), tiers)
         self.model = ShardModel(SLOTS, frozenset(range(SLOTS)), SECOND, steps=steps_of(tiers))
@@ -126,7 +124,6 @@ class Traffic:
         self.compare(scope, truth.ranked, truth.sessions)
 
     def compare(self, scope: Scope, ranked: list[tuple[str, int]], sessions: dict[str, Bounds]) -> None:
-        Traffic.compared += 1
         check_ranked(self.shard.state, scope, ranked, sessions, [*SONGS, "unheard of"], {1, 3, 10_000})
 
 
