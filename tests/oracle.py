@@ -7,6 +7,7 @@ plain sets.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -117,7 +118,7 @@ class Truth:
     ranked: Ranked
     sessions: dict[str, Bounds] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def total(self) -> int:
         return sum(count for _, count in self.ranked)
 
