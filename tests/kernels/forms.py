@@ -27,6 +27,7 @@ MODULES = (
     "counters",
     "heap",
     "sorting",
+    "sessions",
 )  # each after those it imports
 
 
@@ -45,6 +46,7 @@ class Kernels:
     counters: Any
     heap: Any
     sorting: Any
+    sessions: Any
 
     def sized(self, rows: int) -> int:
         """How many rows a test with plenty of them takes: few where a row costs hundreds of times more."""

@@ -89,8 +89,11 @@ def _count_in_charts(  # noqa: PLR0917
     )
 
 
-def replay(state: ShardState, payload: memoryview) -> None:
+def replay(state: ShardState, payload: memoryview) -> int:
     """Does again what an AppendRecord of the log did.
+
+    Returns:
+        When it was admitted, milliseconds since the epoch.
 
     Raises:
         InvalidArgumentError: the record holds no AppendRecord; its checksum was right, so a defect wrote it.
@@ -109,6 +112,7 @@ def replay(state: ShardState, payload: memoryview) -> None:
             continue
         _follow(state, request, part, verdict, rest.admitted_ms)
         apply_part(state, request, part)
+    return rest.admitted_ms
 
 
 def _follow(state: ShardState, request: memoryview, part: Part, verdict: pb.Verdict | None, admitted_ms: int) -> None:

@@ -10,13 +10,16 @@ all time first. So a play touches one cache line, whichever windows it counts in
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.engine.cells import CellStore
 from topk_grpc.engine.rankings import Names, Ranking
+from topk_grpc.engine.session_spans import SessionSpan
+from topk_grpc.engine.sessions import Past, reaches_back
 from topk_grpc.kernels.strings import StringTable
 
 _IDENTITY: Final = np.empty(0, np.int32)
@@ -41,6 +44,8 @@ class Board:
     Attributes:
         all_time: the ranking of all plays.
         spans: the other rankings kept, by any key.
+        sessions: the standing sessions, by any key.
+        past: how far back the finest buckets are kept; set by the owner while sessions stand.
         cells: all plays by time.
         entry_charts: the chart of each entry; empty: all in chart 0.
     """
@@ -52,6 +57,8 @@ class Board:
         self._free_columns: list[int] = []
         self.all_time = Ranking(0, heap_size)
         self.spans: dict[object, Span] = {}
+        self.sessions: dict[object, SessionSpan] = {}
+        self.past: Past | None = None
         self.cells = CellStore()
         self.names = Names(_IDENTITY, StringTable())
         self.entry_charts: NDArray[np.int32] = _IDENTITY
@@ -62,12 +69,15 @@ class Board:
     @property
     def rankings(self) -> list[Ranking]:
         """All rankings."""
-        return [self.all_time, *(span.ranking for span in self.spans.values())]
+        spans = [span.ranking for span in self.spans.values()]
+        return [self.all_time, *spans, *(span.ranking for span in self.sessions.values())]
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of all arrays; of the heaps only what is in use."""
-        return self._rows.nbytes + sum(ranking.memory_bytes for ranking in self.rankings) + self.cells.memory_bytes
+        beside = sum(ranking.memory_bytes for ranking in self.rankings)
+        sessions = sum(span.memory_bytes for span in self.sessions.values())
+        return self._rows.nbytes + beside + sessions + self.cells.memory_bytes
 
     def _reserve(self, entries: int, charts: int) -> None:
         if entries > len(self._rows):
@@ -115,6 +125,20 @@ class Board:
                     inside = (buckets >= span.start) & (buckets < span.end)
                     span.ranking.count(self._rows, self.names, charts[inside], entries[inside], counts[inside])
         self.cells.append(buckets, entries, counts)
+        if self.sessions and self.past is not None:
+            for taken in (counts > 0, counts < 0):
+                if taken.any():
+                    for session_span in self.sessions.values():
+                        session_span.add(
+                            self.cells, entries[taken], buckets[taken], counts[taken],
+                            self._entries, self.past, self._counter(session_span.ranking),
+                        )  # fmt: skip
+
+    def _counter(self, ranking: Ranking) -> Callable[[NDArray[np.int32], NDArray[np.int64]], None]:
+        def count(entries: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+            ranking.count(self._rows, self.names, self.charts_of(entries), entries, counts)
+
+        return count
 
     def charts_of(self, entries: NDArray[np.int32]) -> NDArray[np.int32]:
         """The charts of entries."""
@@ -124,22 +148,29 @@ class Board:
 
     # --- Spans --------------------------------------------------------------------------------------------------------
 
-    def open_span(self, key: object) -> Span:
-        """Makes an empty ranking that `move_span` fills."""
+    def _open_ranking(self) -> Ranking:
         if not self._free_columns:
             column = self._rows.shape[1]
             self._resize(len(self._rows), column + 2)
             self._free_columns.append(column)
         ranking = Ranking(self._free_columns.pop(), self._heap_size)
         ranking.reserve(self.all_time.charts)
-        self.spans[key] = Span(ranking)
+        return ranking
+
+    def _close_ranking(self, ranking: Ranking) -> None:
+        """Forgets a ranking; its columns are used again."""
+        ranking.clear(self._rows)
+        self._free_columns.append(ranking.column)
+
+    def open_span(self, key: object) -> Span:
+        """Makes an empty ranking that `move_span` fills."""
+        self.spans[key] = Span(self._open_ranking())
         return self.spans[key]
 
     def close_span(self, key: object) -> None:
-        """Forgets a ranking; its columns are used again."""
-        ranking = self.spans.pop(key).ranking
-        ranking.clear(self._rows)
-        self._free_columns.append(ranking.column)
+        """Forgets a span or sessions."""
+        span = self.spans.pop(key, None) or self.sessions.pop(key)
+        self._close_ranking(span.ranking)
 
     def move_span(self, span: Span, start: int, end: int) -> None:
         """Makes a span that of the buckets [start, end), by what leaves and what enters it.
@@ -162,6 +193,39 @@ class Board:
             for cells in self.cells.within(first, stop):
                 charts = self.charts_of(cells.entries)
                 ranking.count(self._rows, self.names, charts, cells.entries, cells.counts, sign)
+
+    # --- Sessions -----------------------------------------------------------------------------------------------------
+
+    def open_sessions(self, key: object, gap: int) -> SessionSpan:
+        """Makes standing sessions that `move_sessions` begins.
+
+        Args:
+            key: any.
+            gap: in buckets.
+        """
+        span = SessionSpan(self._open_ranking(), gap, lambda entries: self._rows[entries, 0])
+        self.sessions[key] = span
+        return span
+
+    def move_sessions(self, span: SessionSpan, end: int) -> None:
+        """Moves sessions on to a later bucket, or begins them, if what they need is kept as fine as they need it."""
+        past = self.past
+        if past is None:
+            return
+        if span.end is not None and span.end < past.finest:
+            self.fold_sessions(span)
+        if span.end is None and reaches_back(self.cells, end - 1 - span.gap, end, past):
+            return
+        span.move(self.cells, end, self._entries, past, self._counter(span.ranking))
+
+    def fold_sessions(self, span: SessionSpan) -> None:
+        """Lets sessions stand nowhere."""
+        span.ranking.clear(self._rows)
+        span.fold()
+
+    def restore_sessions(self, span: SessionSpan, meta: Mapping[str, Any], columns: NDArray[np.int64]) -> None:
+        """Begins with what `SessionSpan.to_snapshot` described."""
+        span.restore(meta, columns, self._counter(span.ranking))
 
     # --- Reading ------------------------------------------------------------------------------------------------------
 

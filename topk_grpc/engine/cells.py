@@ -251,6 +251,11 @@ class CellStore:
         if self._used:
             yield self._open_cells()
 
+    @property
+    def first(self) -> int:
+        """No cell lies in an earlier bucket; 0 without any."""
+        return min((cells.first for cells in self._all()), default=0)
+
     def within(self, start: int, end: int) -> Iterator[Cells]:
         """All cells of the buckets [start, end), in pieces that are not empty."""
         for cells in self._all():

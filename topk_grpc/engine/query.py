@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.engine.rankings import Names, Ranking
-from topk_grpc.engine.sessions import Past, RolledUpError, Sessions, open_sessions
+from topk_grpc.engine.session_spans import SessionSpan
+from topk_grpc.engine.sessions import RolledUpError, Sessions, open_sessions
 from topk_grpc.engine.state import CHARTS, GLOBAL, ShardState
 from topk_grpc.kernels.heap import compare_with, select
 from topk_grpc.model import Bounds, Window
@@ -98,10 +99,21 @@ def _ranking(state: ShardState, scope: Scope) -> Ranking | None:
     """The ranking that is kept up to date for a scope; None: cells have to be summed."""
     if scope.bounds is None:
         return state.boards[scope.board].all_time
-    if scope.gap_ms:
-        return None
-    span = state.standing.span(scope.board, scope.bounds)
+    span = _standing_sessions(state, scope) if scope.gap_ms else state.standing.span(scope.board, scope.bounds)
     return span.ranking if span is not None else None
+
+
+def _standing_sessions(state: ShardState, scope: Scope) -> SessionSpan | None:
+    """The sessions that are kept up to date for a scope, if they are certain."""
+    if not scope.gap_ms or scope.bounds is None:
+        return None
+    span = state.standing.sessions(scope.board, scope.gap_ms, scope.bounds.end_ms)
+    return span if span is not None and span.is_certain(_eligible(state, scope)) else None
+
+
+def _eligible(state: ShardState, scope: Scope) -> NDArray[np.bool_] | None:
+    """Which entries of the board are of the chart; None: all."""
+    return state.pairs.charts == _chart_number(state, scope.chart) if scope.board == CHARTS else None
 
 
 def scans(state: ShardState, scope: Scope, k: int) -> bool:
@@ -125,9 +137,9 @@ def _candidates(state: ShardState, scope: Scope) -> _Candidates:
     """
     number = _chart_number(state, scope.chart)
     board = state.boards[scope.board]
-    if scope.gap_ms and scope.bounds is not None:
-        return _session_candidates(state, scope, scope.bounds, number)
     ranking = _ranking(state, scope)
+    if scope.gap_ms and scope.bounds is not None:
+        return _session_candidates(state, scope, scope.bounds, number, ranking)
     if ranking is None and scope.bounds is not None:
         _check(state, scope.bounds)
     if number is None:
@@ -145,15 +157,20 @@ def _candidates(state: ShardState, scope: Scope) -> _Candidates:
     return _Candidates(entries, counts)
 
 
-def _session_candidates(state: ShardState, scope: Scope, bounds: Bounds, number: int | None) -> _Candidates:
+def _session_candidates(
+    state: ShardState, scope: Scope, bounds: Bounds, number: int | None, ranking: Ranking | None
+) -> _Candidates:
     """The entries with an open session."""
     if number is None:
         return _Candidates(*_NONE, _NO_SESSIONS)
     resolution, board = state.settings.resolution_ms, state.boards[scope.board]
-    roll_up = state.roll_up
-    oldest = state.oldest_event_ms
-    lost = roll_up.first_kept if oldest is not None and oldest // resolution < roll_up.first_kept else None
-    eligible = state.pairs.charts == number if scope.board == CHARTS else None
+    eligible = _eligible(state, scope)
+    span = _standing_sessions(state, scope)
+    if span is not None and ranking is not None:
+        listed = board.counts(ranking) > 0
+        entries = np.flatnonzero(listed if eligible is None else listed & eligible).astype(np.int32)
+        known = span.sessions(entries)
+        return _Candidates(known.entries, known.counts, known)
     try:
         found = open_sessions(
             board.cells,
@@ -161,11 +178,14 @@ def _session_candidates(state: ShardState, scope: Scope, bounds: Bounds, number:
             eligible,
             scope.gap_ms // resolution,
             bounds.end_ms // resolution,
-            Past(roll_up.borders[0], lost, roll_up),
+            state.past,
         )
     except RolledUpError:
         raise state.tiers.refusal(
-            bounds, state.newest_event_ms, oldest, "may hold sessions that began before the finest buckets kept"
+            bounds,
+            state.newest_event_ms,
+            state.oldest_event_ms,
+            "may hold sessions that began before the finest buckets kept",
         ) from None
     return _Candidates(found.entries, found.counts, found)
 
@@ -174,12 +194,16 @@ def _spans(state: ShardState, candidates: _Candidates, entries: NDArray[np.int32
     """How far the sessions of some of the candidates reach; None where no sessions are counted."""
     if candidates.sessions is None:
         return None
-    resolution = state.settings.resolution_ms
     at = np.searchsorted(candidates.entries, entries)
-    starts, lasts = candidates.sessions.starts[at], candidates.sessions.lasts[at]
+    known = candidates.sessions
+    return _bounds_of(state, Sessions(entries, known.counts[at], known.starts[at], known.lasts[at]))
+
+
+def _bounds_of(state: ShardState, sessions: Sessions) -> list[Bounds]:
+    resolution = state.settings.resolution_ms
     return [
         Bounds(start * resolution, last * resolution + resolution)
-        for start, last in zip(starts.tolist(), lasts.tolist(), strict=True)
+        for start, last in zip(sessions.starts.tolist(), sessions.lasts.tolist(), strict=True)
     ]
 
 
@@ -206,7 +230,9 @@ def top_k(state: ShardState, scope: Scope, k: int) -> tuple[Ranked, Totals]:
     if ranking is not None and number is not None:
         best = board.best(ranking, number, k, fill=True)
         if best is not None:
-            return _ranked(state, scope, *best), Totals(*ranking.totals(number))
+            span = _standing_sessions(state, scope)
+            found = None if span is None else _bounds_of(state, span.sessions(best[0]))
+            return _ranked(state, scope, *best, found), Totals(*ranking.totals(number))
     candidates = _candidates(state, scope)
     names = Names(state.songs_of(scope.board), state.songs)
     entries, counts = names.select(candidates.entries, candidates.counts, k)
@@ -237,7 +263,7 @@ def counts_of(state: ShardState, scope: Scope, song_ids: Sequence[str]) -> tuple
         if number is not None:
             wanted[known] = state.pairs.find(np.full(int(known.sum()), number, np.int32), songs[known])
     ranking, board = _ranking(state, scope), state.boards[scope.board]
-    if ranking is not None:
+    if ranking is not None and not scope.gap_ms:
         found = [board.count(entry, ranking) if 0 <= entry < len(board) else 0 for entry in wanted.tolist()]
         return Ranked(list(song_ids), found), totals(state, scope)
     candidates = _candidates(state, scope)

@@ -80,61 +80,84 @@ def open_sessions(  # noqa: PLR0917
         RolledUpError: one of them may reach back to where they are not.
     """
     low = end - 1 - gap
-    finest = past.finest
-    wanted = np.zeros(entries, np.bool_)
-    if low < finest:
-        _check_none_between(store, eligible, low, min(end, finest), past)
-    for cells in store.within(max(low, finest), end):
-        wanted[cells.entries] = True
+    if reaches_back(store, low, end, past, eligible):
+        raise RolledUpError
+    wanted = played_within(store, entries, max(low, past.finest), end)
     if eligible is not None:
         wanted &= eligible
-    found = []
-    reach, step = low, max(gap, 1)
+    sessions, certain = last_sessions(store, wanted, gap, end, past)
+    is_open = sessions.lasts >= low
+    if not certain[is_open].all():
+        raise RolledUpError
+    return sessions.take(is_open)
+
+
+def played_within(store: CellStore, entries: int, start: int, end: int) -> NDArray[np.bool_]:
+    """Which entries have cells in the buckets [start, end), bool[entries]."""
+    played = np.zeros(entries, np.bool_)
+    for cells in store.within(start, end):
+        played[cells.entries] = True
+    return played
+
+
+def last_sessions(
+    store: CellStore, wanted: NDArray[np.bool_], gap: int, end: int, past: Past
+) -> tuple[Sessions, NDArray[np.bool_]]:
+    """The last session before a bucket of each entry wanted that has one in the finest buckets.
+
+    Args:
+        store: the cells.
+        wanted: bool[entries]; changed.
+        gap, end, past: as in `open_sessions`.
+
+    Returns:
+        The sessions, and for each whether its beginning is certain: it may reach back behind the finest buckets.
+    """
+    found: list[tuple[Sessions, NDArray[np.bool_]]] = []
+    reach, step, bottom = end, max(gap, 1), max(past.finest, store.first - gap)
     while wanted.any():
-        reach, step = max(finest, reach - step), 4 * step
+        reach, step = max(bottom, reach - 2 * step), 4 * step
         last = _last_sessions(store, wanted, gap, reach, end)
         certain = last.starts - gap >= reach
-        if reach == finest and not certain.all():
-            _check_none_before(store, last.take(~certain), gap, past)
-            certain[:] = True
-        found.append(last.take(certain & (last.lasts >= low)))
-        wanted[:] = False
-        wanted[last.entries[~certain]] = True
+        if reach == bottom:
+            if not certain.all():
+                certain |= _surely_none_before(store, last, gap, past)
+            found.append((last, certain))
+            break
+        found.append((last.take(certain), certain[certain]))
+        # Of those that have no session so far the last one may lie farther back.
+        wanted[last.entries[certain]] = False
     if not found:
-        return Sessions(np.empty(0, np.int32), *(np.empty(0, np.int64) for _ in range(3)))
-    columns = zip(*((one.entries, one.counts, one.starts, one.lasts) for one in found), strict=True)
+        return Sessions(np.empty(0, np.int32), *(np.empty(0, np.int64) for _ in range(3))), np.empty(0, np.bool_)
+    columns = zip(*((one.entries, one.counts, one.starts, one.lasts) for one, _ in found), strict=True)
     whole = Sessions(*(np.concatenate(column) for column in columns))
     order = np.argsort(whole.entries)
-    return Sessions(whole.entries[order], whole.counts[order], whole.starts[order], whole.lasts[order])
+    sessions = Sessions(whole.entries[order], whole.counts[order], whole.starts[order], whole.lasts[order])
+    return sessions, np.concatenate([certain for _, certain in found])[order]
 
 
-def _check_none_between(store: CellStore, eligible: NDArray[np.bool_] | None, start: int, end: int, past: Past) -> None:
-    """Refuses to look at buckets before the finest, unless there is nothing in them.
-
-    Raises:
-        RolledUpError: there are plays.
-    """
+def reaches_back(store: CellStore, start: int, end: int, past: Past, eligible: NDArray[np.bool_] | None = None) -> bool:
+    """Whether there may be plays in [start, end) that are not kept in the finest buckets."""
+    if start >= past.finest:
+        return False
     if past.lost is not None and start < past.lost:
-        raise RolledUpError
-    for cells in store.within(int(past.kept_under(np.array([start]))[0]), end):
-        if eligible is None or eligible[cells.entries].any():
-            raise RolledUpError
+        return True
+    first, stop = int(past.kept_under(np.array([start]))[0]), min(end, past.finest)
+    return any(eligible is None or eligible[cells.entries].any() for cells in store.within(first, stop))
 
 
-def _check_none_before(store: CellStore, sessions: Sessions, gap: int, past: Past) -> None:
-    """Refuses sessions that plays before the finest buckets may belong to.
-
-    Raises:
-        RolledUpError: there are such plays.
-    """
+def _surely_none_before(store: CellStore, sessions: Sessions, gap: int, past: Past) -> NDArray[np.bool_]:
+    """For each session whether no plays before the finest buckets can belong to it."""
+    if not len(sessions.entries):
+        return np.empty(0, np.bool_)
     lows = sessions.starts - gap
-    if past.lost is not None and (lows < past.lost).any():
-        raise RolledUpError
+    certain = np.ones(len(lows), np.bool_) if past.lost is None else lows >= past.lost
     lows = past.kept_under(lows)
     for cells in store.within(int(lows.min()), past.finest):
         at = np.minimum(np.searchsorted(sessions.entries, cells.entries), len(lows) - 1)
-        if ((sessions.entries[at] == cells.entries) & (cells.buckets >= lows[at])).any():
-            raise RolledUpError
+        touched = (sessions.entries[at] == cells.entries) & (cells.buckets >= lows[at])
+        certain[at[touched]] = False
+    return certain
 
 
 def _last_sessions(store: CellStore, wanted: NDArray[np.bool_], gap: int, reach: int, end: int) -> Sessions:

@@ -1,10 +1,10 @@
 """Standing windows: kept up to date as plays arrive, so that a query costs O(k).
 
-Theory of operation. A window stands at bounds [start, end) and holds the sum of the cells in between, for each entry of
-both boards (`boards.Span`). A play whose bucket lies within is counted when it arrives; any other waits in its cell
-until the window moves there. Moving takes the cells that leave away and adds those that enter, whichever way it goes:
-what has to be touched is what changes. Idle or not, a window is moved by the clock, and by queries that are ahead of
-it.
+Theory of operation. A tumbling or sliding window stands at bounds [start, end) and holds the sum of the cells in
+between, for each entry of both boards (`boards.Span`). A play whose bucket lies within is counted when it arrives; any
+other waits in its cell until the window moves there. Moving takes the cells that leave away and adds those that enter,
+whichever way it goes: what has to be touched is what changes. Idle or not, a window is moved by the clock, and by
+queries that are ahead of it. How sessions stand is told in engine/session_spans.py.
 
 What stands is decided by settings and by queries, and logged, since a standing window keeps the grain it needs
 (engine/tiers.py). Its counts are not: they are summed from the cells again after a restart.
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from topk_grpc.engine.boards import Board, Span
+from topk_grpc.engine.session_spans import SessionSpan
 from topk_grpc.model import Bounds, SessionWindow, Window
 
 
@@ -45,14 +46,15 @@ class StandingWindows:
         wanted = list(dict.fromkeys(windows))
         for window in [known for known in self._used_ms if known not in wanted]:
             del self._used_ms[window]
-            if not isinstance(window, SessionWindow):
-                for board in self._boards.values():
-                    board.close_span(window)
+            for board in self._boards.values():
+                board.close_span(window)
         for window in wanted:
             if window not in self._used_ms:
                 self._used_ms[window] = 0
-                if not isinstance(window, SessionWindow):
-                    for board in self._boards.values():
+                for board in self._boards.values():
+                    if isinstance(window, SessionWindow):
+                        board.open_sessions(window, window.gap_ms // self._resolution_ms)
+                    else:
                         board.open_span(window)
 
     def use(self, window: Window | None, now_ms: int) -> None:
@@ -65,9 +67,11 @@ class StandingWindows:
         return [window for window, used_ms in self._used_ms.items() if used_ms < before_ms]
 
     def move(self, window: Window, bounds: Bounds) -> None:
-        """Brings a window to bounds, multiples of the resolution, that can be cut exactly."""
+        """Brings a window to bounds, multiples of the resolution, that can be cut exactly. Sessions only move on."""
         start, end = bounds.start_ms // self._resolution_ms, bounds.end_ms // self._resolution_ms
         for board in self._boards.values():
+            if (sessions := board.sessions.get(window)) is not None:
+                board.move_sessions(sessions, end)
             span = board.spans.get(window)
             if span is not None and (span.start, span.end) != (start, end):
                 board.move_span(span, start, end)
@@ -78,6 +82,11 @@ class StandingWindows:
             span = board.spans.get(window)
             if span is not None and span.start != span.end:
                 board.move_span(span, 0, 0)
+
+    def sessions(self, board: str, gap_ms: int, end_ms: int) -> SessionSpan | None:
+        """The sessions of a board that stand at this end under this gap."""
+        span = self._boards[board].sessions.get(SessionWindow(gap_ms))
+        return span if span is not None and span.end == end_ms // self._resolution_ms else None
 
     def span(self, board: str, bounds: Bounds) -> Span | None:
         """The span of a board that stands at exactly these bounds, whichever window it belongs to."""

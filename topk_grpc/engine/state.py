@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from topk_grpc.engine.boards import Board, global_songs
 from topk_grpc.engine.cells import ordered_cells
 from topk_grpc.engine.producers import Producers
+from topk_grpc.engine.sessions import Past
 from topk_grpc.engine.standing import StandingWindows
 from topk_grpc.engine.tiers import RollUp, Tier, Tiers, everything_at, parse_tiers
 from topk_grpc.errors import ForeignDirectoryError, OutOfRangeError, VersionError
 from topk_grpc.kernels.pairs import PairTable
 from topk_grpc.kernels.strings import StringTable
-from topk_grpc.model import Bounds, ClusterSettings, Window, parse_window
+from topk_grpc.model import Bounds, ClusterSettings, SessionWindow, Window, parse_window
 
 GLOBAL: Final = "global"
 CHARTS: Final = "charts"
@@ -108,16 +109,29 @@ class ShardState:
 
     def move_standing(self, window: Window, bounds: Bounds) -> None:
         """Brings a standing window to bounds; folds it where they cannot be cut."""
-        if self.can_cut(bounds):
+        self._look_back()
+        if isinstance(window, SessionWindow) or self.can_cut(bounds):
             self.standing.move(window, bounds)
         else:
             self.standing.fold(window)
+
+    @property
+    def past(self) -> Past:
+        """How far back the finest buckets are kept."""
+        roll_up, oldest = self.roll_up, self.oldest_event_ms
+        lost = oldest is not None and oldest // self.settings.resolution_ms < roll_up.first_kept
+        return Past(roll_up.borders[0], roll_up.first_kept if lost else None, roll_up)
+
+    def _look_back(self) -> None:
+        for board in self.boards.values():
+            board.past = self.past if board.sessions else None
 
     def note_times(self, oldest_ms: int, newest_ms: int) -> None:
         """Takes note of the times of plays that are counted."""
         known = self.oldest_event_ms
         self.oldest_event_ms = oldest_ms if known is None else min(known, oldest_ms)
         self.newest_event_ms = newest_ms if known is None else max(newest_ms, self.newest_event_ms)
+        self._look_back()
 
     @property
     def roll_up(self) -> RollUp:
@@ -145,6 +159,7 @@ class ShardState:
             "marks": marks,
         }
         parts |= {name: board.to_arrays() for name, board in self.boards.items()}
+        sessions, parts["sessions"] = self._sessions_to_snapshot()
         arrays = {f"{part}.{name}": array for part, named in parts.items() for name, array in named.items()}
         meta = {
             "state_format": STATE_FORMAT,
@@ -156,6 +171,7 @@ class ShardState:
             "tiers": str(self.tiers),
             "tier_floors": self.tiers.floors,
             "standing_windows": [str(window) for window in self.standing],
+            "sessions": sessions,
             "blocks_rolled_up": {
                 name: {str(number): done for number, done in board.cells.done.items()}
                 for name, board in self.boards.items()
@@ -164,6 +180,16 @@ class ShardState:
             "producers": producers,
         }
         return meta, arrays
+
+    def _sessions_to_snapshot(self) -> tuple[list[dict[str, Any]], dict[str, NDArray[np.generic]]]:
+        """Standing sessions are kept: what they began with may be rolled up by now."""
+        told: list[dict[str, Any]] = []
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for name, board in self.boards.items():
+            for window, span in board.sessions.items():
+                meta, arrays[f"{len(told)}"] = span.to_snapshot()
+                told.append({"board": name, "window": str(window), "span": meta})
+        return told, arrays
 
     @classmethod
     def from_snapshot(
@@ -212,5 +238,14 @@ class ShardState:
         state.standing.set(standing)
         state.newest_event_ms = meta["newest_event_ms"]
         state.oldest_event_ms = meta["oldest_event_ms"]
+        columns = part("sessions")
+        for index, told in enumerate(meta["sessions"]):
+            board = state.boards[told["board"]]
+            board.restore_sessions(
+                board.sessions[parse_window(told["window"])],
+                told["span"],
+                columns[f"{index}"],  # type: ignore[arg-type]
+            )
+        state._look_back()
         state.own(meta["owned"])
         return state

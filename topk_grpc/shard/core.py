@@ -45,7 +45,7 @@ from topk_grpc.errors import (
     SettingError,
     WindowError,
 )
-from topk_grpc.model import Bounds, ClusterSettings, GlobalWindow, RangeWindow, Window, parse_window
+from topk_grpc.model import Bounds, ClusterSettings, GlobalWindow, RangeWindow, SessionWindow, Window, parse_window
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.storage import Block, DataDirectory, Files, Log, Recovery, Snapshot, recover
 
@@ -60,6 +60,9 @@ of shard_service.proto."""
 _BOARD_IDS: Final[Mapping[str, int]] = {"global": 0, "charts": 1}
 _MERGES_MAX: Final = 2
 _CLOCKS_APART_MS: Final = 60_000
+_SESSIONS_BEHIND_MS: Final = 2_000
+"""Sessions only move on: left to themselves they stay a little behind, where slower clocks still ask for them."""
+_REPLAY_STEP_MS: Final = 60_000
 _BLOCKS: Final = "blocks"
 _ROLLED_UP: Final = "blocks_rolled_up"
 _IDENTITY: Final = "identity"
@@ -109,6 +112,19 @@ class NewBlock:
     cells: Cells | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class CommittedGroup:
+    """A group on disk.
+
+    Attributes:
+        outcomes: for each request what was decided, or why it was refused.
+        unapplied: what is not counted yet.
+    """
+
+    outcomes: Sequence[Admission | Exception]
+    unapplied: Sequence[Admission]
+
+
 class ShardCore:
     """State, log and snapshots of one shard. Not thread-safe: one thread at a time, `write_snapshot` excepted.
 
@@ -128,6 +144,7 @@ class ShardCore:
         self._log: Log | None = None
         self._recovery: Recovery | None = None
         self._snapshot_position = 0
+        self._sessions_due_ms = 0
         self.identity: Identity | None = None
         self.state = ShardState(cluster, settings.heap_size)
 
@@ -192,7 +209,7 @@ class ShardCore:
     def _replay(self, record_type: int, payload: memoryview) -> None:
         match record_type:
             case 1:
-                replay(self.state, payload)
+                self._advance_sessions(replay(self.state, payload))
             case 2:
                 record = pb.OwnedRecord.FromString(bytes(payload))
                 check_settings(
@@ -210,6 +227,18 @@ class ShardCore:
                 self.state.configure(tiers, [parse_window(text) for text in told.standing_windows])
             case _:
                 raise InvalidArgumentError(f"its type is {record_type}, which this release does not know")
+
+    def _advance_sessions(self, admitted_ms: int) -> None:
+        """Moves standing sessions on while the log is replayed, as the clock did then, if in longer steps."""
+        if admitted_ms >= self._sessions_due_ms:
+            self._sessions_due_ms = admitted_ms + _REPLAY_STEP_MS
+            self._move_sessions(admitted_ms)
+
+    def _move_sessions(self, now_ms: int) -> None:
+        for window in self.state.standing:
+            bounds = bounds_of(window, now_ms - _SESSIONS_BEHIND_MS, self._cluster.resolution_ms)
+            if isinstance(window, SessionWindow) and bounds is not None:
+                self.state.move_standing(window, bounds)
 
     # --- Changes ------------------------------------------------------------------------------------------------------
 
@@ -309,8 +338,9 @@ class ShardCore:
                 self._apply_settings(self.state.tiers.tiers, kept)
         for window in self.state.standing:
             bounds = bounds_of(window, now_ms, self._cluster.resolution_ms)
-            if bounds is not None:
+            if bounds is not None and not isinstance(window, SessionWindow):
                 self.state.move_standing(window, bounds)
+        self._move_sessions(now_ms)
 
     # --- Plays --------------------------------------------------------------------------------------------------------
 
@@ -326,7 +356,7 @@ class ShardCore:
         )
 
     def commit(self, requests: Sequence[bytes], now_ms: int) -> list[bytes | Exception]:
-        """Makes a group of AppendRequests durable and applies it.
+        """Makes a group of AppendRequests durable and applies it: `begin_commit`, then `end_commit`.
 
         Returns:
             For each request its AppendResponse, or why it was refused; nothing of a refused one has happened.
@@ -334,13 +364,21 @@ class ShardCore:
         Raises:
             WriteFailedError: what is on disk is unknown: the process must end without answering.
         """
+        return self.end_commit(self.begin_commit(requests, now_ms))
+
+    def begin_commit(self, requests: Sequence[bytes], now_ms: int) -> CommittedGroup:
+        """Admits a group and makes it durable. What it counts does not show before `end_commit`, which must follow.
+
+        Raises:
+            WriteFailedError: as for `commit`.
+        """
         log = self._open_log
         try:
             # A verdict is never larger than what it is about: each reject and each skipped slot stands for a play. What
             # is added covers the rest of the record, and the header of a group that begins with the request.
             log.reserve(len(requests), sum(2 * len(request) + 128 for request in requests))
         except DiskFullError as error:
-            return [error] * len(requests)
+            return CommittedGroup([error] * len(requests), [])
         limits = self.limits(now_ms)
         outcomes: list[Admission | Exception] = []
         group: list[Admission] = []
@@ -351,18 +389,25 @@ class ShardCore:
                 outcomes.append(error)
                 continue
             if read.corrects and group:
-                self._take_through(group)
+                self._append(group)
+                self._apply(group)
                 group = []
             group.append(admit(self.state, read, limits))
             outcomes.append(group[-1])
-        self._take_through(group)
-        return [outcome.response() if isinstance(outcome, Admission) else outcome for outcome in outcomes]
+        self._append(group)
+        return CommittedGroup(outcomes, group)
 
-    def _take_through(self, group: Sequence[Admission]) -> None:
-        """Makes admitted requests durable and applies them."""
+    def end_commit(self, group: CommittedGroup) -> list[bytes | Exception]:
+        """Applies a durable group; returns what `commit` does."""
+        self._apply(group.unapplied)
+        return [outcome.response() if isinstance(outcome, Admission) else outcome for outcome in group.outcomes]
+
+    def _append(self, group: Sequence[Admission]) -> None:
         records = [(APPEND, admission.payload) for admission in group if admission.payload]
         if records:
             self._open_log.append_group(records)
+
+    def _apply(self, group: Sequence[Admission]) -> None:
         for admission in group:
             apply(self.state, admission)
 

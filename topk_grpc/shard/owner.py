@@ -4,7 +4,7 @@ One coroutine, `_run`, owns the state: everything that touches it is done by one
 another. A turn takes what has gathered meanwhile: first a group of requests (as many as `group_bytes_max` allows share
 one fdatasync), then the queries that wait. Groups and scans run on the writer's thread, and while it is at them the
 event loop reads the next messages, so the group grows with the load. Short queries, which cost less than the way to
-another thread, run in the loop itself.
+another thread, run in the loop itself, or on the thread between a group's way to disk and its counting.
 
 Bounds: `queue_requests_max` requests wait (then `append` does, and with it the gateways' streams), `scan_queue_max`
 scanning queries wait (then one more is refused), and identical ones that wait together are answered by one scan.
@@ -65,6 +65,7 @@ class ShardOwner:
         self._stopping = asyncio.Event()
         self.failed: asyncio.Future[WriteFailedError] = asyncio.get_running_loop().create_future()
         self._background(self._keep_standing())
+        self._event_loop = asyncio.get_running_loop()
         self._loop_task = asyncio.create_task(self._run())
         self._loop_task.add_done_callback(self._loop_ended)
 
@@ -135,9 +136,7 @@ class ShardOwner:
             group = self._take_group()
             if group:
                 try:
-                    answers = await loop.run_in_executor(
-                        self._writer, self._core.commit, [request for request, _ in group], now_ms()
-                    )
+                    answers = await loop.run_in_executor(self._writer, self._commit, [request for request, _ in group])
                 except Exception as error:
                     self._fail(error, group)
                     return
@@ -154,6 +153,14 @@ class ShardOwner:
             if self._requests or self._short or self._long:
                 self._work.set()
             self._housekeeping()
+
+    def _commit(self, requests: list[bytes]) -> list[bytes | Exception]:
+        """Takes a group through, on the writer's thread; queries that came meanwhile go before its counting."""
+        group = self._core.begin_commit(requests, now_ms())
+        while self._short:
+            job, future = self._short.popleft()
+            self._event_loop.call_soon_threadsafe(_settle, future, _attempt(job, self._core))
+        return self._core.end_commit(group)
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         """A loop that failed by a defect must not leave a shard behind that never answers."""
