@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from topk_grpc.config import ShardSettings
@@ -113,16 +114,16 @@ class NewBlock:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CommittedGroup:
-    """A group on disk.
+class Group:
+    """Requests that are taken through together.
 
     Attributes:
         outcomes: for each request what was decided, or why it was refused.
-        unapplied: what is not counted yet.
+        admitted: what is to be made durable, then applied.
     """
 
     outcomes: Sequence[Admission | Exception]
-    unapplied: Sequence[Admission]
+    admitted: Sequence[Admission]
 
 
 class ShardCore:
@@ -144,6 +145,7 @@ class ShardCore:
         self._log: Log | None = None
         self._recovery: Recovery | None = None
         self._snapshot_position = 0
+        self._counted_position = 0
         self._sessions_due_ms = 0
         self.identity: Identity | None = None
         self.state = ShardState(cluster, settings.heap_size)
@@ -157,6 +159,11 @@ class ShardCore:
     def position(self) -> int:
         """The durable end of the log, in bytes."""
         return self._open_log.position
+
+    @property
+    def counted_position(self) -> int:
+        """How far in the log the state has come: what has been written and not counted yet lies behind."""
+        return self._counted_position
 
     @property
     def snapshot_log_bytes(self) -> int:
@@ -192,6 +199,7 @@ class ShardCore:
                     str(self._directory.log_path),
                 ) from error
         self._log = recovery.open_log()
+        self._counted_position = self.position
         self._recovery = recovery
         return recovery.notes
 
@@ -264,7 +272,7 @@ class ShardCore:
             partitioner=self._cluster.partitioner,
             resolution_ms=self._cluster.resolution_ms,
         )
-        self._open_log.append_group([(OWNED, [record.SerializeToString()])])
+        self._append_record(OWNED, record)
         self.identity = identity
         self.state.own(slots)
 
@@ -298,7 +306,7 @@ class ShardCore:
 
     def _apply_settings(self, tiers: Sequence[Tier], windows: Sequence[Window]) -> None:
         record = pb.SettingsRecord(tiers=",".join(map(str, tiers)), standing_windows=map(str, windows))
-        self._open_log.append_group([(SETTINGS, [record.SerializeToString()])])
+        self._append_record(SETTINGS, record)
         self.state.configure(tiers, windows)
 
     def follow(self, window: Window, bounds: Bounds, now_ms: int) -> None:
@@ -356,7 +364,7 @@ class ShardCore:
         )
 
     def commit(self, requests: Sequence[bytes], now_ms: int) -> list[bytes | Exception]:
-        """Makes a group of AppendRequests durable and applies it: `begin_commit`, then `end_commit`.
+        """Makes a group of AppendRequests durable and applies it: `admit`, `write`, `count`.
 
         Returns:
             For each request its AppendResponse, or why it was refused; nothing of a refused one has happened.
@@ -364,10 +372,12 @@ class ShardCore:
         Raises:
             WriteFailedError: what is on disk is unknown: the process must end without answering.
         """
-        return self.end_commit(self.begin_commit(requests, now_ms))
+        group = self.admit(requests, now_ms)
+        self.write(group)
+        return self.count(group)
 
-    def begin_commit(self, requests: Sequence[bytes], now_ms: int) -> CommittedGroup:
-        """Admits a group and makes it durable. What it counts does not show before `end_commit`, which must follow.
+    def admit(self, requests: Sequence[bytes], now_ms: int) -> Group:
+        """Decides about a group; what comes before a correction is made durable and applied at once.
 
         Raises:
             WriteFailedError: as for `commit`.
@@ -378,29 +388,41 @@ class ShardCore:
             # is added covers the rest of the record, and the header of a group that begins with the request.
             log.reserve(len(requests), sum(2 * len(request) + 128 for request in requests))
         except DiskFullError as error:
-            return CommittedGroup([error] * len(requests), [])
+            return Group([error] * len(requests), [])
         limits = self.limits(now_ms)
         outcomes: list[Admission | Exception] = []
-        group: list[Admission] = []
+        left: list[Admission] = []
         for request in requests:
             try:
                 read = read_request(request)
             except InvalidArgumentError as error:
                 outcomes.append(error)
                 continue
-            if read.corrects and group:
-                self._append(group)
-                self._apply(group)
-                group = []
-            group.append(admit(self.state, read, limits))
-            outcomes.append(group[-1])
-        self._append(group)
-        return CommittedGroup(outcomes, group)
+            if read.corrects and left:
+                self._append(left)
+                self._apply(left)
+                left = []
+            left.append(admit(self.state, read, limits))
+            outcomes.append(left[-1])
+        return Group(outcomes, left)
 
-    def end_commit(self, group: CommittedGroup) -> list[bytes | Exception]:
+    def write(self, group: Group) -> None:
+        """Makes an admitted group durable. Nothing that queries look at is touched.
+
+        Raises:
+            WriteFailedError: as for `commit`.
+        """
+        self._append(group.admitted)
+
+    def count(self, group: Group) -> list[bytes | Exception]:
         """Applies a durable group; returns what `commit` does."""
-        self._apply(group.unapplied)
+        self._apply(group.admitted)
         return [outcome.response() if isinstance(outcome, Admission) else outcome for outcome in group.outcomes]
+
+    def _append_record(self, record_type: int, message: Message) -> None:
+        """Makes a change durable that its caller then applies at once."""
+        self._open_log.append_group([(record_type, [message.SerializeToString()])])
+        self._counted_position = self.position
 
     def _append(self, group: Sequence[Admission]) -> None:
         records = [(APPEND, admission.payload) for admission in group if admission.payload]
@@ -410,6 +432,7 @@ class ShardCore:
     def _apply(self, group: Sequence[Admission]) -> None:
         for admission in group:
             apply(self.state, admission)
+        self._counted_position = self.position
 
     def delete_song(self, song_id: str) -> Deleted:
         """Takes all plays of a song back, durably, from all charts and windows; of its marks nothing changes.
@@ -423,7 +446,7 @@ class ShardCore:
         """
         had = plays_of(self.state, song_id) if owns(self.state, song_id) else Deleted(0, 0)
         if had.plays or had.charts:
-            self._open_log.append_group([(DELETE_SONG, [pb.DeleteSongRecord(song_id=song_id).SerializeToString()])])
+            self._append_record(DELETE_SONG, pb.DeleteSongRecord(song_id=song_id))
             delete(self.state, song_id)
         return had
 
@@ -432,7 +455,7 @@ class ShardCore:
         before_ms = now_ms - int(self._settings.producer_ttl_seconds * 1000)
         idle = self.state.producers.idle_since(before_ms)
         if idle:
-            self._open_log.append_group([(EXPIRE, [pb.ExpireRecord(before_ms=before_ms).SerializeToString()])])
+            self._append_record(EXPIRE, pb.ExpireRecord(before_ms=before_ms))
             self.state.producers.forget_idle(before_ms)
         return idle
 

@@ -4,7 +4,8 @@ One coroutine, `_run`, owns the state: everything that touches it is done by one
 another. A turn takes what has gathered meanwhile: first a group of requests (as many as `group_bytes_max` allows share
 one fdatasync), then the queries that wait. Groups and scans run on the writer's thread, and while it is at them the
 event loop reads the next messages, so the group grows with the load. Short queries, which cost less than the way to
-another thread, run in the loop itself, or on the thread between a group's way to disk and its counting.
+another thread, run in the loop itself, whenever the writer is not at the state: a lock says so, which is free while a
+group is on its way to disk.
 
 Bounds: `queue_requests_max` requests wait (then `append` does, and with it the gateways' streams), `scan_queue_max`
 scanning queries wait (then one more is refused), and identical ones that wait together are answered by one scan.
@@ -13,6 +14,8 @@ scanning queries wait (then one more is refused), and identical ones that wait t
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Hashable
@@ -31,6 +34,7 @@ T = TypeVar("T")
 _EXPIRY_SECONDS = 600.0
 _SNAPSHOT_AGAIN_SECONDS = 30.0
 _STANDING_SECONDS = 1.0
+_SNAPSHOT_NICE = 10
 
 
 def now_ms() -> int:
@@ -49,12 +53,13 @@ class ShardOwner:
         self._core = core
         self._settings = settings
         self._writer = ThreadPoolExecutor(1, "writer")
-        self._snapshots = ThreadPoolExecutor(1, "snapshot")
+        self._snapshots = ThreadPoolExecutor(1, "snapshot", initializer=_stand_back)
         self._requests: deque[tuple[bytes, asyncio.Future[bytes]]] = deque()
         self._short: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]] = deque()
         self._long: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]] = deque()
         self._scans: dict[Hashable, asyncio.Future[Any]] = {}
         self._room = asyncio.Semaphore(settings.queue_requests_max)
+        self._state = threading.Lock()
         self._work = asyncio.Event()
         self._snapshot_due = time.monotonic() + settings.snapshot_seconds
         self._expiry_due = time.monotonic() + _EXPIRY_SECONDS
@@ -105,7 +110,9 @@ class ShardOwner:
     async def read(self, query: Callable[[ShardCore], T]) -> T:
         """Runs a query of well under a millisecond between two groups."""
         self._check_serving()
-        return await self._queue(self._short, query)
+        answer = self._queue(self._short, query)
+        self._run_short()
+        return await answer
 
     async def scan(self, key: Hashable, query: Callable[[ShardCore], T]) -> T:
         """Runs a query that looks at all entries between two groups; those with equal keys that wait run once.
@@ -145,7 +152,7 @@ class ShardOwner:
             self._run_short()
             if self._long:  # one a turn, so that the next group need not wait for all
                 job, future = self._long.popleft()
-                answer = await loop.run_in_executor(self._writer, _attempt, job, self._core)
+                answer = await loop.run_in_executor(self._writer, self._run_job, job)
                 _settle(future, answer)
                 if isinstance(answer, WriteFailedError):  # it wrote to the log
                     self._fail(answer, [])
@@ -155,12 +162,19 @@ class ShardOwner:
             self._housekeeping()
 
     def _commit(self, requests: list[bytes]) -> list[bytes | Exception]:
-        """Takes a group through, on the writer's thread; queries that came meanwhile go before its counting."""
-        group = self._core.begin_commit(requests, now_ms())
-        while self._short:
-            job, future = self._short.popleft()
-            self._event_loop.call_soon_threadsafe(_settle, future, _attempt(job, self._core))
-        return self._core.end_commit(group)
+        """Takes a group through, on the writer's thread. While it is written queries may look at the state."""
+        with self._state:
+            group = self._core.admit(requests, now_ms())
+        if self._short:
+            self._event_loop.call_soon_threadsafe(self._run_short)
+        self._core.write(group)
+        with self._state:
+            return self._core.count(group)
+
+    def _run_job(self, job: Callable[[ShardCore], Any]) -> Any:
+        """Runs a long job, on the writer's thread."""
+        with self._state:
+            return _attempt(job, self._core)
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         """A loop that failed by a defect must not leave a shard behind that never answers."""
@@ -168,9 +182,14 @@ class ShardOwner:
             self._fail(error, [])
 
     def _run_short(self) -> None:
-        while self._short:
-            job, future = self._short.popleft()
-            _settle(future, _attempt(job, self._core))
+        """Answers the short queries, unless the writer is at the state: then it is called again."""
+        if self._short and self._state.acquire(blocking=False):
+            try:
+                while self._short:
+                    job, future = self._short.popleft()
+                    _settle(future, _attempt(job, self._core))
+            finally:
+                self._state.release()
 
     def _take_group(self) -> list[tuple[bytes, asyncio.Future[bytes]]]:
         group: list[tuple[bytes, asyncio.Future[bytes]]] = []
@@ -276,6 +295,12 @@ class ShardOwner:
             self._core.close()
         self._writer.shutdown()
         self._snapshots.shutdown()
+
+
+def _stand_back() -> None:
+    """Lets this thread have the processor when others do not need it: plays and queries wait for theirs."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SNAPSHOT_NICE)
 
 
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:

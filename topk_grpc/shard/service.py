@@ -213,7 +213,7 @@ def _coverage(core: ShardCore, totals: Totals) -> pb.Coverage:
     state = core.state
     return pb.Coverage(
         slots=state.slots_bitmap,
-        log_position=core.position,
+        log_position=core.counted_position,
         newest_event_ms=state.newest_event_ms,
         total_plays=totals.plays,
         distinct_songs=totals.songs,
