@@ -96,6 +96,14 @@ class Tiers:
                 return width
         return NOT_KEPT
 
+    def first_fine_ms(self, newest_ms: int) -> int:
+        """Before it buckets are rolled up."""
+        age = self.steps[0][1]
+        if age is None:
+            return -NOT_KEPT
+        border = newest_ms - age - self.slack_ms
+        return border - border % self.steps[min(1, len(self.steps) - 1)][0]
+
     def cuts_at(self, at_ms: int, newest_ms: int, oldest_ms: int = -NOT_KEPT) -> bool:
         """Whether plays before and after that time are told apart; there is nothing to tell before the oldest."""
         return at_ms <= oldest_ms or at_ms % self.width_at(at_ms, newest_ms) == 0
@@ -130,6 +138,8 @@ class Tally:
     plays: list[Play] = field(default_factory=list)
     resolution_ms: int = 1000
     deleted: list[Play] = field(default_factory=list)
+    late: list[Play] = field(default_factory=list)
+    """Those of them that came when time buckets of their age had been rolled up: they join no session."""
 
     def delete_song(self, song_id: str) -> None:
         self.deleted += [play for play in self.plays if play.song_id == song_id]
@@ -190,9 +200,13 @@ class Tally:
         return found
 
     def _buckets(self, chart: str) -> dict[str, Counter[int]]:
-        """Each song's plays by the time bucket."""
+        """Each song's plays by the time bucket, but for those that came too late for it."""
         found: dict[str, Counter[int]] = {}
+        late = Counter(self.late)
         for play in self._named(chart):
+            if late[play] > 0:
+                late[play] -= 1
+                continue
             bucket = play.played_at_ms - play.played_at_ms % self.resolution_ms
             found.setdefault(play.song_id, Counter())[bucket] += play.count
         return found
@@ -295,6 +309,7 @@ class ShardModel:
     def __post_init__(self) -> None:
         self.tally = Tally(resolution_ms=self.resolution_ms)
         self.tiers = Tiers(self.steps or ((self.resolution_ms, None),))
+        self.first_fine_ms = self.tiers.first_fine_ms  # standing windows can put it off
 
     def submit(self, part: ModelPart, now_ms: int, said: Mapping[int, str] | None = None) -> ModelOutcome:
         """Decides. `said`: what the shard rejected, where its standing windows keep finer buckets than the tiers do."""
@@ -357,6 +372,12 @@ class ShardModel:
                 continue
             self.charts_named = names
             self.tally.plays.append(play)
+        first_fine_ms = self.first_fine_ms(self.tally.newest_ms())
+        self.tally.late += [
+            play
+            for index, play in left
+            if index not in rejects and play.count > 0 and play.played_at_ms < first_fine_ms
+        ]
         return rejects
 
     def _makes_negative(self, play: Play, tiers: Tiers) -> bool:

@@ -10,7 +10,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -160,6 +160,16 @@ PLAYS_MAX: Final = 1500
 """Of a round; then another begins with an empty cluster."""
 
 
+AGES: Final[tuple[Callable[[random.Random], int], ...]] = (
+    lambda _: 0,
+    lambda _: -200 * SECOND,
+    lambda chance: chance.randrange(MINUTE),
+    lambda chance: chance.randrange(6 * MINUTE),
+    lambda chance: chance.randrange(50 * MINUTE, 75 * MINUTE),
+)
+"""Nothing in between: whether such a play joins a session depends on the windows that happen to stand."""
+
+
 def random_window(chance: random.Random, at_ms: int) -> Window:
     size = chance.choice((1, 5, 7, 20, 60, 300, 1200)) * SECOND
     match chance.randrange(6):
@@ -199,6 +209,7 @@ class Round:
         owned = [frozenset(slot for slot, owner in enumerate(self.owners) if owner == shard) for shard in range(SHARDS)]
         self.models = [ShardModel(self.slots, one, SECOND, steps=self.tiers.steps) for one in owned]
         addresses = self.cluster.address, self.cluster.add_gateway()
+        self.record([Play(song_id, now_ms()) for song_id in SONGS])  # from here on ages count from now
         self.clients = [BlockingTopKClient(address, deadline_seconds=60) for address in addresses]
 
     def close(self) -> None:
@@ -208,7 +219,9 @@ class Round:
 
     @property
     def tally(self) -> Tally:
-        return Tally([play for model in self.models for play in model.tally.plays])
+        tallies = [model.tally for model in self.models]
+        late = [play for tally in tallies for play in tally.late]
+        return Tally([play for tally in tallies for play in tally.plays], SECOND, late=late)
 
     def run(self, until: float) -> None:
         while time.monotonic() < until and len(self.tally.plays) < PLAYS_MAX:
@@ -228,7 +241,7 @@ class Round:
         chance, counted, now = self.chance, self.tally.plays, now_ms()
         plays: list[Play] = []
         for _ in range(chance.randrange(1, 9)):
-            age = chance.choice((0, SECOND, chance.randrange(MINUTE), chance.randrange(60 * MINUTE), -200 * SECOND))
+            age = chance.choice(AGES)(chance)
             charts = tuple(chance.sample(CHARTS, chance.randrange(3)))
             if counted and chance.random() < 0.1:
                 old = chance.choice(counted)
@@ -237,6 +250,9 @@ class Round:
                 plays.append(Play(chance.choice(SONGS), now + 400 * SECOND, 1, charts))  # too far ahead
             else:
                 plays.append(Play(chance.choice(SONGS), now - age, chance.randrange(1, 5), charts))
+        self.record(plays)
+
+    def record(self, plays: list[Play]) -> None:
         self.sequence += 1
         said = record(self.cluster.stub, self.sequence, plays)
         expected: dict[int, str] = {}
@@ -244,7 +260,7 @@ class Round:
             own = [one for one in enumerate(plays) if self.owners[slot_of(one[1].song_id, self.slots)] == shard]
             if own:
                 part = ModelPart("p", self.sequence, 0, tuple(combined(own, SECOND)))
-                expected |= model.submit(part, now, said).rejects
+                expected |= model.submit(part, now_ms(), said).rejects
         assert said == expected
 
     def ask(self) -> None:

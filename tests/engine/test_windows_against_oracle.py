@@ -6,6 +6,7 @@ those say that are counted anew.
 
 from __future__ import annotations
 
+import random
 from typing import Final
 
 import pytest
@@ -16,6 +17,7 @@ from tests.engine.engine_shard import NOW, EngineShard, check_ranked
 from tests.oracle import ModelPart, ShardModel, bounds_of, combined, is_within
 from tests.window_traffic import (
     CHARTS,
+    MINUTE,
     SECOND,
     SONGS,
     STEPS,
@@ -51,6 +53,7 @@ class Traffic:
     def __init__(self, tiers: str, windows: list[Window], heap_size: int) -> None:
         self.shard = EngineShard(ClusterSettings(SLOTS, "ring", SECOND), heap_size, range(SLOTS), tiers)
         self.model = ShardModel(SLOTS, frozenset(range(SLOTS)), SECOND, steps=steps_of(tiers))
+        self.model.first_fine_ms = lambda newest_ms: self.shard.state.tiers.borders(newest_ms)[0]
         self.windows = windows
         self.now = NOW
         self.sequence = 0
@@ -102,11 +105,18 @@ class Traffic:
         for reason in expected.rejects.values():
             event(reason)
 
+    def move(self, window: Window) -> None:
+        bounds = engine_windows.bounds_of(window, self.now, SECOND)
+        assert bounds is not None
+        self.shard.state.move_standing(window, bounds)
+
     def ask(self, window: Window, at_ms: int, chart: str, *, live: bool) -> None:
         """An answer equals the tally's; a refusal is right, and so are the bounds that it names."""
         tally, tiers = self.model.tally, self.model.tiers
         truth = tally.truth(window, at_ms, chart)
         assert engine_windows.bounds_of(window, at_ms, SECOND) == truth.bounds
+        if live and window in self.shard.state.standing:
+            self.move(window)
         gap_ms = window.gap_ms if isinstance(window, SessionWindow) else 0
         scope = Scope(chart, truth.bounds, gap_ms, window if live else None)
         try:
@@ -148,6 +158,33 @@ def test_windows_say_what_the_tally_says(
                 traffic.run(Ask(True, None, tuple(range(len(windows))), chart))
             traffic.run(step)
         traffic.run(Ask(True, None, tuple(range(len(windows))), ""))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_standing_session_goes_on_for_longer_than_its_buckets_are_kept(seed: int) -> None:
+    """Two songs are played all the time; what comes late for its bucket joins no session, and changes no answer."""
+    chance = random.Random(seed)
+    window = SessionWindow(chance.choice((60, 150, 300)) * SECOND)
+    traffic = Traffic(chance.choice(TIERS[1:3]), [window], 3)
+    traffic.run(Stand((0,)))
+    pause_ms = window.gap_ms * 6 // 10
+    answered = 0
+    for step in range(40 * MINUTE // pause_ms):
+        traffic.move(window)
+        traffic.send(*(Play(song_id, traffic.now - chance.randrange(3000)) for song_id in ("a", "b")))
+        if step > 5 and chance.random() < 0.1:
+            first_fine_ms = traffic.model.first_fine_ms(traffic.model.tally.newest_ms())
+            traffic.send(Play(chance.choice("abz"), first_fine_ms - chance.randrange(6_000, 400_000)))
+        traffic.run(Snapshot(chance.random() < 0.5))
+        if chance.random() < 0.1:
+            traffic.run(Recover(3))
+        truth = traffic.model.tally.truth(window, traffic.now)
+        traffic.move(window)
+        traffic.compare(Scope("", truth.bounds, window.gap_ms, window), truth.ranked, truth.sessions)
+        first = min((span.start_ms for span in truth.sessions.values()), default=traffic.now)
+        answered += first < traffic.model.first_fine_ms(traffic.model.tally.newest_ms())
+        traffic.now += pause_ms if chance.random() < 0.99 else window.gap_ms * 2
+    assert answered, "no session was older than its buckets"
 
 
 @given(WINDOWS, st.integers(-3_000_000, 3_000_000), st.sampled_from([1, 500, 1000]))

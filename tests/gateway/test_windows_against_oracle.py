@@ -69,6 +69,8 @@ class Traffic:
         self.tiers = Tiers(steps_of(tiers))
         slots = [frozenset(slot for slot, owner in enumerate(owners) if owner == shard) for shard in range(SHARDS)]
         self.models = [ShardModel(SLOTS, owned, SECOND, steps=self.tiers.steps) for owned in slots]
+        for shard, model in zip(cluster.shards, self.models, strict=True):
+            model.first_fine_ms = lambda newest_ms, shard=shard: shard.core.state.tiers.borders(newest_ms)[0]  # type: ignore[misc]
         self.sequence = 0
         self.turn = 0
         self.compared = 0
@@ -76,10 +78,10 @@ class Traffic:
     @property
     def tally(self) -> Tally:
         tallies = [model.tally for model in self.models]
-        plays, deleted = (
-            [*itertools.chain(*lists)] for lists in zip(*((t.plays, t.deleted) for t in tallies), strict=True)
+        plays, deleted, late = (
+            [*itertools.chain(*lists)] for lists in zip(*((t.plays, t.deleted, t.late) for t in tallies), strict=True)
         )
-        return Tally(plays, SECOND, deleted)
+        return Tally(plays, SECOND, deleted, late)
 
     async def run(self, step: Step, windows: list[Window]) -> None:
         match step:
