@@ -11,11 +11,12 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TEST_PROCESSES ?= 2
+SOAK_SECONDS ?= 600
 
 # What an install depends on: an edited kernel or proto is built again.
 SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find protos -name '*.proto') $(wildcard topk_grpc/kernels/*.py)
 
-.PHONY: help install demo test lint bench docs clean
+.PHONY: help install demo test soak lint bench docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +28,10 @@ demo: $(STAMP) ## Show the whole story in a minute: a cluster, a stream, a kill 
 
 test: $(STAMP) ## Run the tests (PYTEST=… adds arguments)
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST)
+
+soak: $(STAMP) ## Compare windows of clusters under random traffic and kills with an oracle (SOAK_SECONDS=600 SEED=…)
+	@TOPK_SOAK_SECONDS=$(SOAK_SECONDS) $(if $(SEED),TOPK_SOAK_SEED=$(SEED)) $(BIN)/python -m pytest -s \
+		tests/cluster/test_windows.py tests/cli/test_windows_somafm.py $(PYTEST)
 
 lint: $(STAMP) ## Check style, types, import contracts and protos
 	$(BIN)/ruff check .

@@ -88,6 +88,17 @@ def test_first_steps_work_as_written(folder: Path, address: str) -> None:
     assert [entry["count"] for entry in answer["entries"]] == [3, 2, 1]
 
 
+def test_windows_work_as_written(folder: Path, address: str) -> None:
+    """Behind the first steps, whose plays they count."""
+    section = README.partition("\n## Windows\n")[2].partition("\n## ")[0]
+    [block] = re.findall(r"^```sh\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+    totals = re.findall(r"^(\d+) plays of \d songs; exact", run(block, folder, address), flags=re.MULTILINE)
+    assert totals == ["2", "1", "2", "2", "3"]
+    assert {kind.partition(":")[0] for kind in re.findall(r"--window (\S+)", block)} == {
+        *("tumbling", "sliding", "session", "range"),
+    }
+
+
 def test_python_example_works_as_written(folder: Path, address: str) -> None:
     [example] = blocks("python")
     assert ADDRESS in example
