@@ -67,6 +67,7 @@ class Recorder:
         self._watch = watch
         self._links = links
         self._messages = reject_messages(settings)
+        self._turn = asyncio.Lock()
 
     async def record(self, raw: bytes) -> bytes:
         """Takes a StreamPlaysRequest or RecordPlaysRequest; returns its acknowledgement's bytes when it is durable."""
@@ -83,9 +84,15 @@ class Recorder:
             InvalidArgumentError: the batch as a whole is wrong.
             DeadlineError: a shard was too far behind for too long.
         """
-        columns, batch = self._read(raw)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.record_seconds
+        async with self._turn:
+            # One batch in each round of the event loop: a query waits for one, not for one of every stream.
+            await asyncio.sleep(0)
+            columns, batch = self._read(raw)
+            return await self._begin(columns, batch, deadline)
+
+    async def _begin(self, columns: PlayColumns, batch: _Batch, deadline: float) -> Coroutine[Any, Any, bytes]:
         for index in np.flatnonzero(columns.reasons).tolist():
             batch.rejects[index] = REASONS[columns.reasons[index]]
         routing = self._watch.current
