@@ -49,7 +49,8 @@ def seconds(start: int, end: int) -> st.SearchStrategy[int]:
 # Relative to the clock: mostly a few instants, so that plays meet; some up to an hour back, some ahead.
 AGES: Final = st.one_of(
     st.integers(-5_000, 5_000),
-    st.sampled_from([0, 1, 999, 1000, 20_000, 20_999, 21_000, 60_000]),
+    st.sampled_from([0, 1, 999, 1000, 20_000, 20_999, 21_000, 60_000, 61_000]),
+    st.integers(600, 625).map(lambda second: second * SECOND),  # where the first borders of small tiers are
     st.integers(0, 3 * MINUTE),
     st.integers(9 * MINUTE, 22 * MINUTE),
     st.integers(0, 60 * MINUTE),
@@ -71,10 +72,11 @@ WINDOWS: Final[st.SearchStrategy[Window]] = st.one_of(
         st.sampled_from([1, 2, 3, 10, 30]),
     ),
     st.builds(SlidingWindow, seconds(1, 90) | seconds(600, 1800)),
+    st.builds(SessionWindow, st.sampled_from([SECOND, 20 * SECOND, 40 * SECOND, MINUTE])),
     st.builds(SessionWindow, seconds(1, 90) | seconds(300, 900)),
     st.builds(
         lambda back, size: RangeWindow(NOW - back, NOW - back + size),
-        seconds(-100, 4000) | st.integers(-2, 66).map(lambda minute: minute * MINUTE),
+        seconds(-100, 4000) | seconds(590, 640) | st.integers(-2, 66).map(lambda minute: minute * MINUTE),
         seconds(1, 100) | st.integers(1, 60).map(lambda minute: minute * MINUTE),
     ),
 )

@@ -10,7 +10,7 @@ import random
 from typing import Final
 
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import currently_in_test_context, event, given, settings
 from hypothesis import strategies as st
 
 from tests.engine.engine_shard import NOW, EngineShard, check_ranked
@@ -45,6 +45,12 @@ from topk_grpc.errors import OutOfRangeError
 from topk_grpc.model import Bounds, ClusterSettings, GlobalWindow, Play, RangeWindow, SessionWindow, Window
 
 SLOTS: Final = 4
+
+
+def note(what: str) -> None:
+    """For hypothesis' statistics."""
+    if currently_in_test_context():
+        event(what)
 
 
 class Traffic:
@@ -103,7 +109,7 @@ class Traffic:
         expected = self.model.submit(part, self.now, said.rejects)
         assert said == expected
         for reason in expected.rejects.values():
-            event(reason)
+            note(reason)
 
     def move(self, window: Window) -> None:
         bounds = engine_windows.bounds_of(window, self.now, SECOND)
@@ -122,7 +128,7 @@ class Traffic:
         try:
             query.top_k(self.shard.state, scope, 1)
         except OutOfRangeError as refusal:
-            event(f"{type(window).__name__} refused")
+            note(f"{type(window).__name__} refused")
             assert not tally.has_to_answer(window, truth, tiers), (window, at_ms)
             if truth.bounds is not None and tiers.keep_all:
                 near = Bounds(refusal.start_ms, refusal.end_ms)
@@ -130,7 +136,7 @@ class Traffic:
                 assert is_within(near, tiers.around(truth.bounds, tally.newest_ms()))
                 self.compare(Scope(chart, near), tally.ranked(chart, near), {})
             return
-        event(f"{type(window).__name__} answered")
+        note(f"{type(window).__name__} answered")
         self.compare(scope, truth.ranked, truth.sessions)
 
     def compare(self, scope: Scope, ranked: list[tuple[str, int]], sessions: dict[str, Bounds]) -> None:
@@ -158,6 +164,49 @@ def test_windows_say_what_the_tally_says(
                 traffic.run(Ask(True, None, tuple(range(len(windows))), chart))
             traffic.run(step)
         traffic.run(Ask(True, None, tuple(range(len(windows))), ""))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sessions_close_together_at_every_instant(seed: int) -> None:
+    """Within seconds of each other, so that many plays are exactly the gap apart, and many sessions merge."""
+    chance = random.Random(seed)
+    windows: list[Window] = [SessionWindow(gap * SECOND) for gap in (1, 2, 5)]
+    traffic = Traffic(TIERS[0], windows, 3)
+    traffic.now = NOW + 30 * SECOND
+    if seed % 2:
+        traffic.run(Stand((0, 1, 2)))
+    plays = [
+        Play(song_id, NOW + second * SECOND, 1, chance.choice(((), ("US",))))
+        for song_id in SONGS
+        for second in chance.sample(range(20), chance.randrange(1, 12))
+    ]
+    chance.shuffle(plays)
+    taken_back = [Play(play.song_id, play.played_at_ms, -1, play.charts) for play in plays[::6]]
+    for batch in (plays[:20], plays[20:], taken_back):
+        traffic.send(*batch)
+        for second in range(-1, 27):
+            traffic.now = NOW + second * SECOND
+            for window in windows:
+                traffic.ask(window, traffic.now, chance.choice(("", "US")), live=bool(seed % 2))
+        traffic.now = NOW + 30 * SECOND
+
+
+@pytest.mark.parametrize("tiers", TIERS)
+@pytest.mark.parametrize("with_old", [False, True])
+def test_every_cut_around_every_border_of_tiers(tiers: str, with_old: bool) -> None:
+    traffic = Traffic(tiers, [GlobalWindow()], 3)
+    model = traffic.model
+    ages = [(age + 600 * SECOND) // SECOND for _, age in model.tiers.steps if age is not None]
+    around = [second for age in ages for second in range(age - 65, age + 66)]
+    traffic.send(*(Play("a", NOW - second * SECOND + 999) for second in around), Play("b", NOW))
+    if with_old:
+        traffic.send(Play("a", NOW - 10_000 * SECOND))
+    traffic.run(Snapshot(True))
+    for second in around:
+        cut = NOW - second * SECOND
+        ranges = RangeWindow(cut, NOW + SECOND), RangeWindow(NOW - 4000 * SECOND, cut)
+        for window in ranges:
+            traffic.ask(window, NOW, "", live=False)
 
 
 @pytest.mark.parametrize("seed", range(12))
