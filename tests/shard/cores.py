@@ -82,7 +82,9 @@ def commit(core: ShardCore, *parts: ModelPart, now_ms: int = NOW) -> list[ModelO
 
 def take_snapshot(core: ShardCore) -> None:
     pending = core.begin_snapshot()
-    core.end_snapshot(pending, core.write_snapshot(pending))
+    blocks = core.write_snapshot(pending)
+    core.end_snapshot(pending, blocks)
+    core.clear_snapshot(pending, blocks)
 
 
 def counted(core: ShardCore, song_ids: Sequence[str], chart: str = "") -> list[int]:

@@ -102,6 +102,7 @@ def test_snapshots_beside_commits_and_groups_on_many_segments(tmp_path: Path) ->
         sequence += 1
         commit(core, numbered(sequence))
         core.end_snapshot(pending, written)
+        core.clear_snapshot(pending, written)
         check_numbered(core, set(range(1, sequence + 1)), sequence)
         if round_ % 3 == 2:
             abandon(core)

@@ -124,6 +124,7 @@ def life(disk: SimulatedDisk, acknowledged: list[int]) -> None:
             if step == 1:
                 take_group(core, acknowledged)
             core.end_snapshot(pending, written)
+            core.clear_snapshot(pending, written)
         core.expire_producers(0)
         core.close()
 

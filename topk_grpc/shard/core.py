@@ -14,8 +14,8 @@ is a duplicate); a crash after it leaves a log that replays to the same state. A
 `storage.log`.
 
 A snapshot begins with a copy of what can change (`begin_snapshot`, between two groups), is written by another thread
-(`write_snapshot`, which touches nothing but what it was given), and ends with the log's old segments deleted
-(`end_snapshot`, between two groups again).
+(`write_snapshot`, which touches nothing but what it was given), comes into use (`end_snapshot`, between two groups
+again), and ends with the log's old segments deleted (`clear_snapshot`, by the other thread).
 """
 
 from __future__ import annotations
@@ -507,11 +507,23 @@ class ShardCore:
         ]
 
     def end_snapshot(self, pending: PendingSnapshot, blocks: Sequence[NewBlock]) -> None:
-        """Uses the written blocks for what they were merged from, and deletes the log that no kept snapshot needs."""
+        """Uses the written blocks for what they were merged from."""
         for block in blocks:
             cells = self.state.boards[block.board].cells
             cells.replace(block.merge, block.number, block.cells, pending.roll_up.borders)
         self._snapshot_position = pending.position
+
+    def clear_snapshot(self, pending: PendingSnapshot, blocks: list[NewBlock]) -> None:
+        """Lets go of what the blocks were merged from, and deletes the log that no kept snapshot needs.
+
+        Giving back that much memory and disk takes tens of milliseconds, so it is left to the thread that wrote.
+
+        Raises:
+            StorageError: an old segment could not be deleted; the next snapshot tries again.
+        """
+        pending.merges.clear()
+        pending.blocks.clear()
+        blocks.clear()
         if self._recovery is not None:
             self._open_log.delete_before(self._recovery.snapshots.kept_position())
 

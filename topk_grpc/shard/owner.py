@@ -265,10 +265,10 @@ class ShardOwner:
         try:
             pending = await self._as_job(ShardCore.begin_snapshot)
             copied = time.monotonic()
-            blocks = await asyncio.get_running_loop().run_in_executor(
-                self._snapshots, self._core.write_snapshot, pending
-            )
+            loop = asyncio.get_running_loop()
+            blocks = await loop.run_in_executor(self._snapshots, self._core.write_snapshot, pending)
             await self._as_job(lambda core: core.end_snapshot(pending, blocks))
+            await loop.run_in_executor(self._snapshots, self._core.clear_snapshot, pending, blocks)
         except StorageError as error:
             self._snapshot_not_before = time.monotonic() + _SNAPSHOT_AGAIN_SECONDS  # a full disk does not empty at once
             log.warning("snapshot_failed", error=error)

@@ -126,7 +126,8 @@ class Log:
     def delete_before(self, position: int) -> int:
         """Deletes the segments that lie before `position` as a whole, oldest first. Returns how many.
 
-        Nothing is synced: what a crash brings back is not read by recovery, and is deleted the next time.
+        Nothing is synced: what a crash brings back is not read by recovery, and is deleted the next time. Another
+        thread than the one that appends may do this: it takes from the old end of the segments only.
 
         Raises:
             StorageError: one could not be deleted; the log is whole and can be used on.
