@@ -48,5 +48,6 @@ def check(seen: dict[str, Any]) -> None:
     assert seen["services"] == [
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
+        "topk.v1.ClusterAdminService",
         "topk.v1.TopKService",
     ]

@@ -169,13 +169,17 @@ def _songs_table() -> Table:
 
 
 def top_table(answer: Answer) -> Table:
-    """The entries of an answer; with their history where they have one."""
+    """The entries of an answer; with their history or their session where they have one."""
     table = _songs_table()
+    if any(entry.session for entry in answer.entries):
+        table.add_column("session", overflow="fold")
     if any(entry.history for entry in answer.entries):
         for name in ("last", "peak", "on chart"):
             table.add_column(name, justify="right")
     for entry in answer.entries:
-        table.add_row(f"{entry.rank:,}", escape(entry.song_id), f"{entry.count:,}", *_history(entry.history))
+        session = (span_text(entry.session),) if entry.session else ()
+        history = _history(entry.history)
+        table.add_row(f"{entry.rank:,}", escape(entry.song_id), f"{entry.count:,}", *session, *history)
     return table
 
 
