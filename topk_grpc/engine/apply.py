@@ -6,6 +6,8 @@ back, follows the record's verdicts, and ends in the same state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,12 +21,20 @@ from topk_grpc.kernels.wire import message_spans
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 
 
-def apply(state: ShardState, admission: Admission) -> None:
-    """Counts the plays of an admitted request."""
+def apply(state: ShardState, admission: Admission, between: Callable[[], None] | None = None) -> None:
+    """Counts the plays of an admitted request.
+
+    Args:
+        state: the shard's.
+        admission: of the request.
+        between: called after each part; the state is whole then.
+    """
     for part in admission.parts:
         if part.changes:
             apply_part(state, admission.request, part)
             state.pending_plays -= part.plays
+            if between is not None:
+                between()
 
 
 def apply_part(state: ShardState, request: bytes | memoryview, part: Part) -> None:

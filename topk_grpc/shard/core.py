@@ -20,7 +20,7 @@ again), and ends with the log's old segments deleted (`clear_snapshot`, by the o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -414,9 +414,9 @@ class ShardCore:
         """
         self._append(group.admitted)
 
-    def count(self, group: Group) -> list[bytes | Exception]:
-        """Applies a durable group; returns what `commit` does."""
-        self._apply(group.admitted)
+    def count(self, group: Group, between: Callable[[], None] | None = None) -> list[bytes | Exception]:
+        """Applies a durable group; returns what `commit` does. `between` is called when a part of it is counted."""
+        self._apply(group.admitted, between)
         return [outcome.response() if isinstance(outcome, Admission) else outcome for outcome in group.outcomes]
 
     def _append_record(self, record_type: int, message: Message) -> None:
@@ -429,9 +429,9 @@ class ShardCore:
         if records:
             self._open_log.append_group(records)
 
-    def _apply(self, group: Sequence[Admission]) -> None:
+    def _apply(self, group: Sequence[Admission], between: Callable[[], None] | None = None) -> None:
         for admission in group:
-            apply(self.state, admission)
+            apply(self.state, admission, between)
         self._counted_position = self.position
 
     def delete_song(self, song_id: str) -> Deleted:

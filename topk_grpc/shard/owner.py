@@ -5,7 +5,7 @@ another. A turn takes what has gathered meanwhile: first a group of requests (as
 one fdatasync), then the queries that wait. Groups and scans run on the writer's thread, and while it is at them the
 event loop reads the next messages, so the group grows with the load. Short queries, which cost less than the way to
 another thread, run in the loop itself, whenever the writer is not at the state: a lock says so, which is free while a
-group is on its way to disk.
+group is on its way to disk. The writer answers those that come while it counts, part by part.
 
 Bounds: `queue_requests_max` requests wait (then `append` does, and with it the gateways' streams), `scan_queue_max`
 scanning queries wait (then one more is refused), and identical ones that wait together are answered by one scan.
@@ -34,7 +34,7 @@ T = TypeVar("T")
 _EXPIRY_SECONDS = 600.0
 _SNAPSHOT_AGAIN_SECONDS = 30.0
 _STANDING_SECONDS = 1.0
-_SNAPSHOT_NICE = 10
+_SNAPSHOT_NICE = 19
 
 
 def now_ms() -> int:
@@ -162,14 +162,19 @@ class ShardOwner:
             self._housekeeping()
 
     def _commit(self, requests: list[bytes]) -> list[bytes | Exception]:
-        """Takes a group through, on the writer's thread. While it is written queries may look at the state."""
+        """Takes a group through, on the writer's thread. Queries need not wait for all of it."""
         with self._state:
             group = self._core.admit(requests, now_ms())
-        if self._short:
-            self._event_loop.call_soon_threadsafe(self._run_short)
+            self._run_short_here()
         self._core.write(group)
         with self._state:
-            return self._core.count(group)
+            return self._core.count(group, self._run_short_here)
+
+    def _run_short_here(self) -> None:
+        """Answers the short queries on the writer's thread, which is at the state."""
+        while self._short:
+            job, future = self._short.popleft()
+            self._event_loop.call_soon_threadsafe(_settle, future, _attempt(job, self._core))
 
     def _run_job(self, job: Callable[[ShardCore], Any]) -> Any:
         """Runs a long job, on the writer's thread."""
