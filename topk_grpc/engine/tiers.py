@@ -184,8 +184,6 @@ class Tiers:
         Raises:
             OutOfRangeError: with the smallest span around them that can be cut.
         """
-        if oldest_ms is None:
-            return
         exact = self.exact_span(bounds, newest_ms, oldest_ms)
         if exact != bounds:
             raise self._refusal(bounds, exact, "cannot be cut exactly")
