@@ -215,7 +215,7 @@ async def test_a_status_that_would_come_again_stops_the_producer(
 
 async def test_record_waits_for_room_and_memory_stays_bounded() -> None:
     async with ModelServer([Script(ending="hang", batches=0)]) as server:
-        client = TopKClient(server.targets, batch_plays=2, batches_in_flight=3, deadline_seconds=0.3, linger_ms=0)
+        client = TopKClient(server.targets, batch_plays=2, batches_in_flight=3, deadline_seconds=1.5, linger_ms=0)
         for _ in range(8):  # 3 batches in flight and one in the buffer
             await client.record("a", 1)
         with pytest.raises(UnavailableError, match="no room"):
