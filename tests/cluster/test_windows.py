@@ -224,7 +224,7 @@ class Round:
         return Tally([play for tally in tallies for play in tally.plays], SECOND, late=late)
 
     def run(self, until: float) -> None:
-        while time.monotonic() < until and len(self.tally.plays) < PLAYS_MAX:
+        while self.compared == 0 or (time.monotonic() < until and len(self.tally.plays) < PLAYS_MAX):
             for _ in range(self.chance.randrange(1, 4)):
                 self.send()
             if self.chance.random() < 0.06:
