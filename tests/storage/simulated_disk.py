@@ -2,7 +2,12 @@
 
 What was written is there for whoever reads it, as in a page cache; it survives a loss of power for certain only after
 `sync` of the file, and its name only after `sync_directory`. `survivors` builds the disks that may be found after such
-a loss. `fault` is called before each operation that changes something, and may raise.
+a loss: unsynced sectors may have reached the disk in any order, and one of them in part. What is assumed of a disk is
+that a write changes no bytes but its own, even where it is torn.
+
+`fault` is called before each operation that changes something, and may raise; `read_fault` before each that reads. A
+write that fails may have written its first half (`short_writes`). After a failed sync the page cache may keep what the
+disk does not have, and take it for clean (`forgets_on_failed_sync`), as Linux does: later syncs succeed without it.
 """
 
 from __future__ import annotations
@@ -12,9 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from topk_grpc.storage.checksums import crc32c
 from topk_grpc.storage.files import Bytes, Held, WritableFile
 
 Fault = Callable[[str, Path], None]
+SECTOR_BYTES = 512
 
 
 class PowerLossError(BaseException):
@@ -26,6 +36,24 @@ class Inode:
     path: Path  # for faults and messages
     content: bytearray = field(default_factory=bytearray)
     synced: bytes = b""
+    forgotten: set[int] = field(default_factory=set)  # sectors that pass for clean, and are not on the disk
+    private: bool = False
+
+    def sync(self) -> None:
+        data = bytearray(self.content)
+        for sector in self.forgotten:
+            part = slice(sector * SECTOR_BYTES, min((sector + 1) * SECTOR_BYTES, len(data)))
+            data[part] = self.synced[part].ljust(part.stop - part.start, b"\0")
+        self.synced = bytes(data)
+
+    def on_disk(self) -> bytes:
+        """What the disk has where every size has reached it."""
+        return self.synced[: len(self.content)].ljust(len(self.content), b"\0")
+
+    def unsynced(self) -> NDArray[np.intp]:
+        """The sectors in which the page cache and the disk differ."""
+        cached, kept = np.frombuffer(bytes(self.content), np.uint8), np.frombuffer(self.on_disk(), np.uint8)
+        return np.unique(np.flatnonzero(cached != kept) // SECTOR_BYTES)
 
 
 @dataclass
@@ -43,6 +71,9 @@ class SimulatedDisk:
     def __init__(self, root: Directory | None = None) -> None:
         self.root = root or Directory()
         self.fault: Fault | None = None
+        self.read_fault: Fault | None = None
+        self.short_writes = False
+        self.forgets_on_failed_sync = False
         self.operations: list[str] = []
         self._locked: set[Path] = set()
         self._lost = False
@@ -50,11 +81,11 @@ class SimulatedDisk:
     # --- Files ----------------------------------------------------------------------------------------------------
 
     def names(self, directory: Path) -> list[str]:
-        self._alive()
+        self._reading("names", directory)
         return sorted(self._directory(directory).entries)
 
     def map(self, path: Path) -> memoryview:
-        self._alive()
+        self._reading("map", path)
         return memoryview(bytes(self._inode(path).content))
 
     def create(self, path: Path) -> WritableFile:
@@ -100,6 +131,10 @@ class SimulatedDisk:
         self._alive()
         if path in self._locked:
             raise BlockingIOError
+        parent = self._directory(path.parent)
+        if path.name not in parent.entries:
+            self.step("lock", path)  # what makes it
+            parent.change({**parent.entries, path.name: Inode(path)})
         self._locked.add(path)
         return SimulatedLock(self._locked, path)
 
@@ -114,6 +149,11 @@ class SimulatedDisk:
                 self._lost = True
                 raise
         self.operations.append(f"{operation} {path}")
+
+    def _reading(self, operation: str, path: Path) -> None:
+        self._alive()
+        if self.read_fault is not None:
+            self.read_fault(operation, path)
 
     def write_durably(self, path: Path, content: bytes) -> None:
         """Puts a file there, as an operator or a cosmic ray would."""
@@ -137,6 +177,10 @@ class SimulatedDisk:
         """Another disk with the same files, all of them durable."""
         return self._survivor(lambda directory: directory.entries, lambda inode: bytes(inode.content))
 
+    def end_of_process(self) -> None:
+        """Its locks are given back; what was written stays in the page cache."""
+        self._locked.clear()
+
     def survivors(self) -> Iterator[tuple[str, SimulatedDisk]]:
         """What may be found at the next start."""
         every_name = lambda directory: directory.entries  # noqa: E731
@@ -151,6 +195,20 @@ class SimulatedDisk:
         yield "of the names only the last that changed", self._survivor(_last_change, every_byte)
         yield "all names, the second half of what was not synced", self._survivor(every_name, _torn(0.5, 1))
         yield "all names, the middle of what was not synced", self._survivor(every_name, _torn(0.1, 0.9))
+        yield "all names, unsynced sectors but the first", self._survivor(every_name, _sectors(lambda some: some[1:]))
+        yield "all names, every other unsynced sector", self._survivor(every_name, _sectors(lambda some: some[::2]))
+        yield "all names, the last sector torn", self._survivor(every_name, _last_sector_torn)
+        chance = np.random.default_rng(len(self.operations))
+        some_sectors = _sectors(lambda some: some[chance.random(len(some)) < 0.5])
+        yield "all names, sectors by chance", self._survivor(every_name, some_sectors)
+
+    def digest(self) -> int:
+        """Tells disks apart that hold different files."""
+        checksum = 0
+        for path in self.files(Path("/")):
+            checksum = crc32c(str(path).encode() + b"\0%d" % len(self._inode(path).content), checksum)
+            checksum = crc32c(bytes(self._inode(path).content), checksum)
+        return checksum
 
     def _survivor(
         self,
@@ -160,7 +218,7 @@ class SimulatedDisk:
         def rebuild(entry: Inode | Directory) -> Inode | Directory:
             if isinstance(entry, Inode):
                 data = content(entry)
-                return Inode(entry.path, bytearray(data), data)
+                return Inode(entry.path, bytearray(data), data, private=entry.private)
             entries = {name: rebuild(inner) for name, inner in names(entry).items()}
             return Directory(entries, entries)
 
@@ -203,19 +261,33 @@ class SimulatedFile:
         self._inode.content.extend(bytes(size - len(self._inode.content)))
 
     def write(self, offset: int, pieces: Sequence[Bytes]) -> None:
-        self._step("write")
         data = b"".join(pieces)
+        try:
+            self._step("write")
+        except OSError:
+            if self._disk.short_writes:
+                self._write(offset, data[: len(data) // 2])
+            raise
+        self._write(offset, data)
+
+    def _write(self, offset: int, data: bytes) -> None:
         content = self._inode.content
         content.extend(bytes(max(0, offset - len(content))))
         content[offset : offset + len(data)] = data
+        self._inode.forgotten -= set(range(offset // SECTOR_BYTES, -(-(offset + len(data)) // SECTOR_BYTES)))
 
     def truncate(self, size: int) -> None:
         self._step("truncate")
         del self._inode.content[size:]
 
     def sync(self) -> None:
-        self._step("sync")
-        self._inode.synced = bytes(self._inode.content)
+        try:
+            self._step("sync")
+        except OSError:
+            if self._disk.forgets_on_failed_sync:
+                self._inode.forgotten |= set(self._inode.unsynced().tolist())
+            raise
+        self._inode.sync()
 
     def close(self) -> None:
         self._open = False
@@ -251,14 +323,36 @@ def _torn(start: float, end: float) -> Callable[[Inode], bytes]:
     """Of the bytes that changed since the last sync, only a part reached the disk."""
 
     def content(inode: Inode) -> bytes:
-        before = inode.synced.ljust(len(inode.content), b"\0")[: len(inode.content)]
-        changed = [at for at, byte in enumerate(inode.content) if byte != before[at]]
-        torn = bytearray(before)
-        for at in changed[int(len(changed) * start) : int(len(changed) * end)]:
-            torn[at] = inode.content[at]
-        return bytes(torn)
+        cached, kept = np.frombuffer(bytes(inode.content), np.uint8), np.frombuffer(inode.on_disk(), np.uint8)
+        changed = np.flatnonzero(cached != kept)
+        written = changed[int(len(changed) * start) : int(len(changed) * end)]
+        torn = kept.copy()
+        torn[written] = cached[written]
+        return torn.tobytes()
 
     return content
+
+
+def _sectors(choose: Callable[[NDArray[np.intp]], NDArray[np.intp]]) -> Callable[[Inode], bytes]:
+    """Of the sectors that changed since the last sync, only those chosen reached the disk."""
+
+    def content(inode: Inode) -> bytes:
+        found = bytearray(inode.on_disk())
+        for sector in choose(inode.unsynced()).tolist():
+            part = slice(sector * SECTOR_BYTES, (sector + 1) * SECTOR_BYTES)
+            found[part] = inode.content[part]
+        return bytes(found)
+
+    return content
+
+
+def _last_sector_torn(inode: Inode) -> bytes:
+    """All sectors reached the disk, the last one with its first half."""
+    found, changed = bytearray(inode.content), inode.unsynced()
+    if len(changed):
+        torn = slice(int(changed[-1]) * SECTOR_BYTES + SECTOR_BYTES // 2, (int(changed[-1]) + 1) * SECTOR_BYTES)
+        found[torn] = inode.on_disk()[torn]
+    return bytes(found)
 
 
 def crash_at(operation_index: int) -> Fault:

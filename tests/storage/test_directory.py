@@ -119,4 +119,4 @@ def test_what_an_interrupted_making_left_is_used() -> None:
     assert owner.directory.is_new
     owner.append()
     owner.close()
-    assert [path.name for path in disk.files(PATH)] == ["FORMAT", "00000000000000000000.log"]
+    assert [path.name for path in disk.files(PATH)] == ["FORMAT", "LOCK", "00000000000000000000.log"]

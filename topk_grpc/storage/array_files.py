@@ -10,15 +10,16 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from topk_grpc.storage.checksums import crc32c
-from topk_grpc.storage.files import Bytes, Files, WritableFile
+from topk_grpc.storage.files import Bytes, Files, WritableFile, is_unreadable
 
 Array = npt.NDArray[Any]
+_BUFFER_BYTES: Final = 64 << 10
 
 
 class DamagedFileError(Exception):
@@ -101,7 +102,9 @@ def _write(files: Files, path: Path, fill: Any) -> Seal:
     file = files.create(path)
     try:
         sink = _Sink(file)
-        fill(sink)
+        # numpy writes headers and directories in small pieces; what is larger than the buffer passes by it.
+        with io.BufferedWriter(sink, _BUFFER_BYTES) as buffered:
+            fill(buffered)
         file.sync()
         return sink.seal
     finally:
@@ -118,6 +121,10 @@ def read_sealed(files: Files, path: Path, seal: Seal) -> memoryview:
         data = files.map(path)
     except FileNotFoundError:
         raise DamagedFileError(path, "is missing") from None
+    except OSError as error:
+        if not is_unreadable(error):
+            raise
+        raise DamagedFileError(path, f"cannot be read ({error.strerror})") from error
     if len(data) != seal.size:
         raise DamagedFileError(path, f"has {len(data)} bytes instead of {seal.size}")
     if crc32c(data) != seal.checksum:

@@ -70,7 +70,13 @@ class DataDirectory:
             lock = _take_lock(files, path)
             try:
                 is_new = _FORMAT not in files.names(path)
-                directory_id = _create(files, path) if is_new else _read_format(files, path)
+                if is_new:
+                    directory_id = _create(files, path)
+                else:
+                    directory_id = _read_format(files, path)
+                    # The process that made it may have ended right before it said so to the disk.
+                    files.sync_directory(path)
+                    files.sync_directory(path.parent)
             except BaseException:
                 lock.close()
                 raise
@@ -155,7 +161,9 @@ def _create(files: Files, path: Path) -> str:
     files.sync_directory(path)  # the folders, before the file that vouches for them
     files.rename(temporary, path / _FORMAT)
     files.sync_directory(path)
-    files.sync_directory(path.parent)
+    for parent in path.parents:  # whoever made them may not have
+        with contextlib.suppress(PermissionError):
+            files.sync_directory(parent)
     return directory_id
 
 

@@ -19,8 +19,10 @@ Bytes = bytes | memoryview
 
 _IOV_MAX: Final = 1024
 _MAP_BYTES_MIN: Final = 64 << 10
+_READ_BYTES: Final = 1 << 20
 _ZEROS: Final = bytes(1 << 20)
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
 _NO_FALLOCATE: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
@@ -88,6 +90,11 @@ def is_no_space(error: OSError) -> bool:
     return error.errno in _NO_SPACE
 
 
+def is_unreadable(error: OSError) -> bool:
+    """Whether it says that the disk does not give bytes back, or not as they were."""
+    return error.errno in _UNREADABLE
+
+
 class OsFiles:
     """The operating system's files."""
 
@@ -101,6 +108,7 @@ class OsFiles:
         try:
             size = os.fstat(descriptor).st_size
             if size >= _MAP_BYTES_MIN:
+                _read_through(descriptor)
                 return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ))
             with open(descriptor, "rb", closefd=False) as file:
                 return memoryview(file.read())
@@ -146,6 +154,16 @@ class OsFiles:
             os.close(descriptor)
             raise
         return _OsFile(descriptor)
+
+
+def _read_through(descriptor: int) -> None:
+    """Brings a file into the page cache, where a sector that cannot be read is an OSError.
+
+    Through a map it would be a SIGBUS, which ends the process without a word.
+    """
+    buffer = bytearray(_READ_BYTES)
+    while os.readv(descriptor, [buffer]):
+        pass
 
 
 class _OsFile:

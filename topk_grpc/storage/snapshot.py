@@ -34,7 +34,7 @@ from topk_grpc.storage.array_files import (
     write_column,
 )
 from topk_grpc.storage.directory import DataDirectory
-from topk_grpc.storage.files import is_no_space
+from topk_grpc.storage.files import is_no_space, is_unreadable
 from topk_grpc.storage.manifest import (
     ARRAYS_NAME,
     NAME,
@@ -138,6 +138,10 @@ class SnapshotStore:
             data = self._files.map(path)
         except (FileNotFoundError, NotADirectoryError):
             raise DamagedFileError(path, "is missing") from None
+        except OSError as error:
+            if not is_unreadable(error):
+                raise
+            raise DamagedFileError(path, f"cannot be read ({error.strerror})") from error
         return decode_manifest(bytes(data), path)
 
     def _read_snapshot(self, manifest: Manifest) -> Snapshot:
