@@ -21,10 +21,13 @@ from topk_grpc.errors import (
     DuplicateBatchError,
     InvalidArgumentError,
     OutOfRangeError,
+    PermissionDeniedError,
     ProducerExpiredError,
+    RateLimitedError,
     RejectedPlaysError,
     ResourceExhaustedError,
     TopKError,
+    UnauthenticatedError,
     UnavailableError,
     WindowError,
 )
@@ -50,7 +53,7 @@ from topk_grpc.model import (
 )
 
 if TYPE_CHECKING:
-    from topk_grpc.client import BlockingTopKClient, ClientStats, TopKClient
+    from topk_grpc.client import BlockingTopKClient, ClientStats, TlsOptions, TopKClient
 
 __all__ = [
     "Answer",
@@ -69,9 +72,11 @@ __all__ = [
     "GlobalWindow",
     "InvalidArgumentError",
     "OutOfRangeError",
+    "PermissionDeniedError",
     "Play",
     "ProducerExpiredError",
     "RangeWindow",
+    "RateLimitedError",
     "Rejected",
     "RejectedPlaysError",
     "ResourceExhaustedError",
@@ -79,9 +84,11 @@ __all__ = [
     "SlidingWindow",
     "SongStanding",
     "SongsAnswer",
+    "TlsOptions",
     "TopKClient",
     "TopKError",
     "TumblingWindow",
+    "UnauthenticatedError",
     "UnavailableError",
     "WatchUpdate",
     "Window",
@@ -92,7 +99,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in {"BlockingTopKClient", "ClientStats", "TopKClient"}:
+    if name in {"BlockingTopKClient", "ClientStats", "TlsOptions", "TopKClient"}:
         import topk_grpc.client
 
         return getattr(topk_grpc.client, name)

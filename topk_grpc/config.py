@@ -7,6 +7,7 @@ A setting's flag is its name with dashes (`--listen`), its environment variable 
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,31 @@ class _Checked:
                 )
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host, as it is written, is this machine alone. No name but `localhost` is taken for it."""
+    bare = host.removeprefix("[").removesuffix("]")
+    if bare == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(listen: str, *, tls: bool, plaintext: bool, flag: str = "--listen") -> None:
+    """Refuses to serve other machines in plaintext, unless that was said.
+
+    Raises:
+        SettingError: it was not.
+    """
+    host = listen.rpartition(":")[0]
+    if not (tls or plaintext or is_loopback(host)):
+        raise SettingError(
+            f"{flag} is {listen}, which other machines can reach, in plaintext: give --tls-cert and --tls-key, or say"
+            " --plaintext (environment: TOPK_PLAINTEXT) where the network or a proxy in front keeps others out"
+        )
+
+
 # fmt: off
 # One line a setting: they are tables.
 
@@ -94,9 +120,25 @@ class ServerSettings(_Checked):
     listen: str = setting("127.0.0.1:0", "HOST:PORT", "Where to serve gRPC; port 0 takes a free one. A port in use is an error at once.")
     health_port: int = setting(0, "port", "Also answer grpc.health.v1 alone, in plaintext, on this port of the listen address; 0: only on the main port.", 0, 65535)
     message_bytes_max: int = setting(8 << 20, "bytes", "The largest gRPC message taken; a larger one is refused with RESOURCE_EXHAUSTED. Must fit batch_plays_max plays.", 1 << 16, 1 << 30)
+    metrics_port: int = setting(0, "port", "Serve metrics for Prometheus, in plaintext, at /metrics on this port of the listen address; 0: none. `topk up` gives it to the gateway, and the ports after it to the shards.", 0, 65535)
+    tls_cert: str = setting("", "path", "A PEM file with this server's certificate and what lies between it and its CA. With it the server speaks TLS. Read anew when it changes.")
+    tls_key: str = setting("", "path", "A PEM file with the private key of --tls-cert, without a passphrase.")
+    tls_ca: str = setting("", "path", "A PEM file with the CA of the cluster's own certificates. A shard with --tls-cert takes calls only from holders of a certificate signed by it; a gateway then speaks TLS with its shards, and trusts no other CA for them.")
+    plaintext: bool = setting(False, "", "Allow an address that other machines can reach without TLS: only where the network or a proxy in front keeps others out. Plays, answers and tokens can be read on the way.")
     drain_seconds: float = setting(10.0, "s", "On SIGTERM: how long streams may take to send the acknowledgements they owe; then they are cut, and clients resend.", 0.1, 600)
-    exit_with_stdin: bool = setting(False, "", "Stop when standard input ends: `topk up` starts its children so, that none outlives it.")
+    exit_with_stdin: bool = setting(False, "", "Stop when standard input ends, and print `ready: HOST:PORT` on standard output: `topk up` starts its children so, and none outlives it.")
     log_level: str = setting("info", "", "debug, info, warning or error: the least level of the structured log lines on stderr.")
+
+    def __post_init__(self) -> None:
+        """Checks ranges, and what has to fit together.
+
+        Raises:
+            SettingError: it does not.
+        """
+        super().__post_init__()
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise SettingError("--tls-cert and --tls-key belong together: give both, or neither")
+        check_exposure(self.listen, tls=bool(self.tls_cert), plaintext=self.plaintext)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +164,31 @@ class ShardSettings(ServerSettings):
     standing_idle_seconds: float = setting(3600.0, "s", "A window that a query brought about is let go when nobody has asked for it for so long.", 1, 86_400 * 366)
     scan_queue_max: int = setting(64, "queries", "Queries that scan all entries and wait for their turn; one more is refused with RESOURCE_EXHAUSTED.", 1, 10_000)
 
+    def __post_init__(self) -> None:
+        """As every server's.
+
+        Raises:
+            SettingError: settings contradict each other.
+        """
+        super().__post_init__()
+        if self.tls_cert and not self.tls_ca:
+            raise SettingError(
+                "--tls-cert is given without --tls-ca: name the CA of the cluster's own certificates, since a shard"
+                " takes calls only from its cluster"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatewaySettings(ServerSettings):
     """A gateway's settings."""
 
     listen: str = setting("127.0.0.1:50050", "HOST:PORT", "Where to serve gRPC; port 0 takes a free one. A port in use is an error at once.")
+    tls_client_ca: str = setting("", "path", "A PEM file with the CAs of clients: with it, only clients that show a certificate signed by one of them can connect. Needs --tls-cert.")
+    shard_cert: str = setting("", "path", "The certificate shown to shards, where it is another than --tls-cert: one of the cluster's own CA, beside one that the public knows. Empty: --tls-cert.")
+    shard_key: str = setting("", "path", "The private key of --shard-cert.")
+    tokens_file: str = setting("", "path", "A TOML file with the tokens that clients may use, and their roles (docs/security.md). Read anew when it changes. Empty: no client needs a token.")
+    producer_plays_per_second: float = setting(0.0, "plays/s", "The plays that one producer may send a second; beyond it a stream is read no further until there is room, and RecordPlays is refused (RATE_LIMITED). 0: no limit.", 0, 1e12)
+    rate_burst_seconds: float = setting(10.0, "s", "What a producer or a token that has been quiet may send at once, in seconds of its rate.", 0.1, 3600)
     song_id_bytes_max: int = setting(128, "bytes", "The longest song_id; longer ones are rejected (SONG_ID_TOO_LONG).", 1, 128)
     charts_per_play_max: int = setting(8, "charts", "The most charts a play may name (TOO_MANY_CHARTS).", 0, 8)
     chart_bytes_max: int = setting(64, "bytes", "The longest chart name (CHART_TOO_LONG).", 1, 64)
@@ -146,3 +207,19 @@ class GatewaySettings(ServerSettings):
     watch_queries_max: int = setting(100, "queries", "Different queries that are watched at this gateway, each evaluated once for all its watchers; one more is refused with RESOURCE_EXHAUSTED.", 1, 10_000)
     watch_linger_seconds: float = setting(30.0, "s", "How long the versions of a query are kept after its last watcher has left; one that comes back later gets the whole list again.", 0, 3600)
     watch_history_entries_max: int = setting(500_000, "entries", "Entries of all versions kept for watchers that come back or read slowly, about 250 bytes each, shared evenly by the queries watched; without their version they get the whole list.", 1, 1 << 30)
+
+    def __post_init__(self) -> None:
+        """As every server's.
+
+        Raises:
+            SettingError: settings contradict each other.
+        """
+        super().__post_init__()
+        if bool(self.shard_cert) != bool(self.shard_key):
+            raise SettingError("--shard-cert and --shard-key belong together: give both, or neither")
+        if self.tls_client_ca and not self.tls_cert:
+            raise SettingError("--tls-client-ca is given without --tls-cert: clients show certificates only in TLS")
+        if self.tls_ca and not (self.shard_cert or self.tls_cert):
+            raise SettingError(
+                "--tls-ca is given without a certificate to show to shards: give --tls-cert, or --shard-cert"
+            )

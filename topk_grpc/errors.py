@@ -6,6 +6,12 @@ TopKError
 │   ├── OutOfRangeError         a window that the grain kept for its time cannot cut exactly
 │   ├── SettingError            a setting outside its range, or two that contradict each other
 │   └── InputError              a file to ingest that cannot be read as mapped
+├── UnauthenticatedError        who calls is not known; only other credentials help
+│   ├── TokenMissingError       the call carries no token
+│   ├── TokenUnknownError       the token is none of those that the gateway knows
+│   ├── TokenExpiredError       the token's time is over
+│   └── ForeignCallerError      the call does not carry the secret of the cluster
+├── PermissionDeniedError       who calls is known, and may not do that
 ├── DuplicateBatchError         the first send of a batch was answered `duplicate`: two processes share a producer id
 ├── ProducerExpiredError        the producer was forgotten and the batch is older than that
 ├── RejectedPlaysError          plays of acknowledged batches that did not count, and nobody listens for them
@@ -13,6 +19,7 @@ TopKError
 │   ├── DeadlineError           nothing was heard within the time allowed
 │   └── NotReadyError           the server recovers, or drains
 ├── ResourceExhaustedError      a bounded queue, memory budget or disk is full; trying again may help later
+│   └── RateLimitedError        more plays a second than the producer or the token may send
 ├── WrongServerError            a server answered that belongs to another shard or cluster
 ├── AddressInUseError           the port to listen on is taken
 ├── ProcessFailedError          a process started by `topk up` died before it was ready
@@ -66,6 +73,30 @@ class InputError(InvalidArgumentError):
     """A file to ingest that cannot be read as mapped."""
 
 
+class UnauthenticatedError(TopKError):
+    """Who calls is not known: the same call with the same credentials cannot succeed."""
+
+
+class TokenMissingError(UnauthenticatedError):
+    """The call carries no token."""
+
+
+class TokenUnknownError(UnauthenticatedError):
+    """The token is none of those that the gateway knows."""
+
+
+class TokenExpiredError(UnauthenticatedError):
+    """The token's time is over."""
+
+
+class ForeignCallerError(UnauthenticatedError):
+    """The call does not carry the secret of the cluster: shards answer nobody else."""
+
+
+class PermissionDeniedError(TopKError):
+    """Who calls is known, and may not do that."""
+
+
 class DuplicateBatchError(TopKError):
     """The first send of a batch was answered `duplicate`: two processes share one producer id."""
 
@@ -102,6 +133,18 @@ class NotReadyError(UnavailableError):
 
 class ResourceExhaustedError(TopKError):
     """A bounded queue, memory budget or disk is full; trying again may help later."""
+
+
+class RateLimitedError(ResourceExhaustedError):
+    """More plays a second than the producer or the token may send.
+
+    Attributes:
+        retry_after_ms: when there is room again.
+    """
+
+    def __init__(self, message: str, retry_after_ms: int = 1000) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
 
 
 class WrongServerError(TopKError):

@@ -451,6 +451,8 @@ class Topology:
     Attributes:
         shards: by shard_id, ascending.
         owners: the owner's index in `shards` for each slot.
+        secret: what the cluster's own parts prove themselves to each other with. Whoever knows it is one of them: it
+            goes nowhere but into the topology store and the metadata of internal calls.
     """
 
     cluster_id: str
@@ -458,6 +460,7 @@ class Topology:
     settings: ClusterSettings
     shards: tuple[ShardInfo, ...]
     owners: tuple[int, ...] = field(repr=False)
+    secret: str = field(default="", repr=False)
 
     def shard(self, shard_id: str) -> ShardInfo | None:
         """The shard of that name, or None."""

@@ -23,10 +23,11 @@ B,2020-05-02 12:00:00,DE
 def gateway(shared_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     from topk_grpc.cli.ingest import Request, run
     from topk_grpc.cli.mapping import Mapping
+    from topk_grpc.cli.reach import Reach
 
     file = tmp_path_factory.mktemp("plays") / "plays.csv"
     file.write_text(PLAYS)
-    run(Request((str(file),), Mapping(("song",), "t", "c"), "auto", "", None, False, shared_cluster, False))
+    run(Request((str(file),), Mapping(("song",), "t", "c"), "auto", "", None, False, Reach(shared_cluster), False))
     return shared_cluster
 
 

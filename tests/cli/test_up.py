@@ -135,7 +135,7 @@ def test_a_foreign_directory_is_refused(tmp_path: Path, start_up: Any) -> None:
 
 def test_an_address_of_another_machine_is_refused(tmp_path: Path, start_up: Any) -> None:
     for host in ("192.0.2.1", "no.such.host.invalid"):
-        up = start_up(tmp_path / "data", "--host", host)
+        up = start_up(tmp_path / "data", "--host", host, "--plaintext")
         assert up.wait_end() == 1
         assert host in error_line(up)
 

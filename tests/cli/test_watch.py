@@ -19,6 +19,7 @@ import pytest
 
 from topk_grpc import BlockingTopKClient, Bounds, Certificate, Entry, Finality, WatchUpdate
 from topk_grpc.changes import diff
+from topk_grpc.cli.reach import Reach
 from topk_grpc.cli.watch import LiveView, Request, change_line
 from topk_grpc.errors import UnavailableError
 from topk_grpc.model import Answer, ChartHistory
@@ -242,7 +243,7 @@ def test_marks_stay_some_seconds_and_fade() -> None:
     from rich.console import Console
 
     now = 0.0
-    view = LiveView(Request("tumbling:1h", 3, "", False, False, "here:1", False, 0), lambda: now)
+    view = LiveView(Request("tumbling:1h", 3, "", False, False, Reach("here:1"), False, 0), lambda: now)
 
     def screen() -> str:
         console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123

@@ -189,7 +189,7 @@ async def test_a_kept_producer_goes_on_from_its_sequence() -> None:
         (InvalidArgumentError("too many plays in a batch"), InvalidArgumentError),
         (ProducerExpiredError("forgotten"), ProducerExpiredError),
         (TopKError("internal error 1234: look for it in the server's log"), TopKError),
-        (grpc.StatusCode.PERMISSION_DENIED, TopKError),
+        (grpc.StatusCode.NOT_FOUND, TopKError),
         (grpc.StatusCode.UNIMPLEMENTED, TopKError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, ResourceExhaustedError),
     ],

@@ -10,9 +10,10 @@ from topk_grpc._version import VERSION
 
 PUBLIC = """
     Answer BlockingTopKClient Bounds Certificate Change ChangeKind ChartHistory ChartSummary ClientStats DeadlineError
-    DuplicateBatchError Entry Finality GlobalWindow InvalidArgumentError OutOfRangeError Play ProducerExpiredError
-    RangeWindow Rejected RejectedPlaysError ResourceExhaustedError SessionWindow SlidingWindow SongStanding SongsAnswer
-    TopKClient TopKError TumblingWindow UnavailableError WatchUpdate Window WindowError __version__ parse_window
+    DuplicateBatchError Entry Finality GlobalWindow InvalidArgumentError OutOfRangeError PermissionDeniedError Play
+    ProducerExpiredError RangeWindow RateLimitedError Rejected RejectedPlaysError ResourceExhaustedError SessionWindow
+    SlidingWindow SongStanding SongsAnswer TlsOptions TopKClient TopKError TumblingWindow UnauthenticatedError
+    UnavailableError WatchUpdate Window WindowError __version__ parse_window
 """
 
 

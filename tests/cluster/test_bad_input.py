@@ -255,7 +255,8 @@ def test_garbage_on_a_stream_ends_it_after_the_acknowledgements_owed(cluster: Cl
 def test_garbage_to_a_shard_is_an_invalid_argument(cluster: Cluster) -> None:
     described = cluster.wait_whole()
     shard = described.shards[0]
-    meant = (("topk-cluster-id", described.cluster_id), ("topk-shard-id", shard.shard_id))
+    secret = ("topk-cluster-secret", json.loads((cluster.data_dir / "topology.json").read_text())["secret"])
+    meant = (("topk-cluster-id", described.cluster_id), ("topk-shard-id", shard.shard_id), secret)
     with grpc.insecure_channel(shard.address) as channel:
         for method, raw in itertools.product(SHARD_METHODS, GARBAGE):
             with pytest.raises(grpc.RpcError) as caught:
@@ -266,7 +267,7 @@ def test_garbage_to_a_shard_is_an_invalid_argument(cluster: Cluster) -> None:
                 list(streaming(channel, SHARD_SERVICE + "Append")(iter([raw]), metadata=meant, timeout=20))
             assert_refused(caught.value, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
         with pytest.raises(grpc.RpcError) as caught:
-            unary(channel, SHARD_SERVICE + "DescribeShard")(b"", timeout=20)
+            unary(channel, SHARD_SERVICE + "DescribeShard")(b"", metadata=[secret], timeout=20)
         assert_refused(caught.value, grpc.StatusCode.FAILED_PRECONDITION, "WRONG_SERVER", "read the topology again")
 
 

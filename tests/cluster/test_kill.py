@@ -225,7 +225,7 @@ class Roles:
         store = open_store(self.topology)
         settings = ClusterSettings()
         owners = plan_owners(settings.partitioner, ids, settings.slots)
-        await store.compare_and_set(Topology("kills", 1, settings, tuple(map(ShardInfo, ids)), owners))
+        await store.compare_and_set(Topology("kills", 1, settings, tuple(map(ShardInfo, ids)), owners, "secret"))
         await store.close()
 
     def _start_shard(self, shard_id: str) -> Server:

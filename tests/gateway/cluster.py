@@ -21,6 +21,7 @@ from topk_grpc.config import GatewaySettings, ShardSettings
 from topk_grpc.engine import query
 from topk_grpc.engine.query import Scope
 from topk_grpc.gateway.admin import ClusterAdminService
+from topk_grpc.gateway.channels import ShardChannels
 from topk_grpc.gateway.link import ShardLink
 from topk_grpc.gateway.queries import Queries
 from topk_grpc.gateway.recorder import Recorder
@@ -181,14 +182,15 @@ class Gateway:
     async def start(self) -> Self:
         topology = await self._store.read()
         settings = self.settings
-        self.links = {shard.shard_id: ShardLink(settings, topology.cluster_id, shard) for shard in topology.shards}
+        channels = ShardChannels(settings, topology.cluster_id)
+        self.links = {shard.shard_id: ShardLink(settings, channels, shard) for shard in topology.shards}
 
         def follow(changed: Topology) -> None:
             for shard in changed.shards:
                 self.links[shard.shard_id].move(shard)
 
         self.watch = RoutingWatch(self._store, topology, follow)
-        self.shard_queries = ShardQueries(settings, topology.cluster_id)
+        self.shard_queries = ShardQueries(settings, channels)
         scatter = Scatter(settings, self.watch, self.shard_queries)
         self.recorder = Recorder(settings, self.watch, self.links)
         self.queries = Queries(settings, topology.settings.resolution_ms, scatter, self._clock)

@@ -119,9 +119,21 @@ def test_what_is_no_topology_is_damage(raw: bytes) -> None:
 
 
 def test_newer_formats_are_named() -> None:
-    raw = json.dumps({"format": 2, "whatever": "it holds"}).encode()
-    with pytest.raises(VersionError, match=r"format 2 .*newer.* 1"):
+    raw = json.dumps({"format": 3, "whatever": "it holds"}).encode()
+    with pytest.raises(VersionError, match=r"format 3 .*newer.* 2"):
         codec.decode(raw, "here")
+
+
+def test_a_topology_without_a_secret_is_read() -> None:
+    members = json.loads(codec.encode(FIRST)) | {"format": 1}
+    del members["secret"]
+    assert codec.decode(json.dumps(members).encode(), "here") == replace(FIRST, secret="")
+
+
+def test_the_secret_is_kept_and_not_shown() -> None:
+    known = replace(FIRST, secret="not to be shown")
+    assert codec.decode(codec.encode(known), "here") == known
+    assert known.secret not in repr(known)
 
 
 def test_unknown_members_are_left_aside() -> None:

@@ -10,17 +10,17 @@ from typing import Final
 import grpc
 import typer
 
-from topk_grpc.cli.queries import ask, targets, unreachable
+from topk_grpc.cli.queries import ask
+from topk_grpc.cli.reach import Reach, unreachable
 from topk_grpc.errors import TopKError, UnavailableError
 from topk_grpc.pb.topk.v1 import admin_service_pb2 as pb
 from topk_grpc.pb.topk.v1.admin_service_pb2_grpc import ClusterAdminServiceStub
-from topk_grpc.rpc.channels import open_channel
 from topk_grpc.rpc.status import from_rpc_error
 
 _SECONDS: Final = 60.0
 
 
-def delete_song(song_id: str, gateway: str, *, yes: bool, as_json: bool) -> None:
+def delete_song(song_id: str, gateway: Reach, *, yes: bool, as_json: bool) -> None:
     """Has all plays of a song taken back, and prints what it had.
 
     Raises:
@@ -49,14 +49,16 @@ def delete_song(song_id: str, gateway: str, *, yes: bool, as_json: bool) -> None
         print(f"{song_id} had no plays")  # noqa: T201
 
 
-async def _delete_song(song_id: str, gateway: str) -> pb.ClusterAdminServiceDeleteSongResponse:
-    async with open_channel(targets(gateway)) as channel:
-        try:
-            return await ClusterAdminServiceStub(channel).DeleteSong(
-                pb.ClusterAdminServiceDeleteSongRequest(song_id=song_id), timeout=_SECONDS
-            )
-        except grpc.aio.AioRpcError as error:
-            failure: TopKError = from_rpc_error(error)
-            if isinstance(failure, UnavailableError):
-                failure = unreachable(gateway, failure)
-            raise failure from error
+async def _delete_song(song_id: str, gateway: Reach) -> pb.ClusterAdminServiceDeleteSongResponse:
+    connection = gateway.connection()
+    try:
+        return await ClusterAdminServiceStub(connection.channel).DeleteSong(
+            pb.ClusterAdminServiceDeleteSongRequest(song_id=song_id), timeout=_SECONDS, metadata=connection.metadata()
+        )
+    except grpc.aio.AioRpcError as error:
+        failure: TopKError = from_rpc_error(error)
+        if isinstance(failure, UnavailableError):
+            failure = unreachable(gateway, failure)
+        raise failure from error
+    finally:
+        await connection.close()

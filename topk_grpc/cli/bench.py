@@ -23,14 +23,13 @@ from rich.table import Table
 from topk_grpc import kernels
 from topk_grpc.cli.load import EncodedPlays, Zipf
 from topk_grpc.cli.progress import Progress
-from topk_grpc.cli.queries import targets, unreachable
+from topk_grpc.cli.reach import Reach, unreachable
 from topk_grpc.client import TopKClient
 from topk_grpc.client.delivery import Delivery
 from topk_grpc.client.outbox import OutgoingBatch
 from topk_grpc.client.stats import ClientStats
 from topk_grpc.errors import UnavailableError
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
-from topk_grpc.rpc.channels import open_channel
 
 _POOL_PLAYS: Final = 2_000_000
 _POOL_SECONDS_MAX: Final = 5.0
@@ -87,7 +86,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     return {"p50": round(float(p50), 3), "p99": round(float(p99), 3)}
 
 
-def run(load: Load, gateway: str, as_json: bool) -> None:
+def run(load: Load, gateway: Reach, as_json: bool) -> None:
     """Loads the cluster and prints the figures.
 
     Raises:
@@ -123,7 +122,7 @@ def run(load: Load, gateway: str, as_json: bool) -> None:
     )
 
 
-async def measure(load: Load, gateway: str, progress: Progress | None = None) -> Figures:
+async def measure(load: Load, gateway: Reach, progress: Progress | None = None) -> Figures:
     """Sends for a time, then asks an idle cluster.
 
     Raises:
@@ -131,7 +130,7 @@ async def measure(load: Load, gateway: str, progress: Progress | None = None) ->
     """
     figures = Figures()
     with progress or Progress() as shown:
-        async with TopKClient(targets(gateway), deadline_seconds=_PATIENCE_SECONDS) as client:
+        async with gateway.client(deadline_seconds=_PATIENCE_SECONDS) as client:
             try:
                 await client.describe()  # before anything takes long: is there a cluster?
             except UnavailableError as error:
@@ -192,7 +191,7 @@ async def _timed_top_k(client: TopKClient) -> float:
 class _Producer:
     """One stream of batches."""
 
-    def __init__(self, load: Load, gateway: str, pool: Sequence[EncodedPlays], index: int) -> None:
+    def __init__(self, load: Load, gateway: Reach, pool: Sequence[EncodedPlays], index: int) -> None:
         self.stats = ClientStats()
         self.ack_ms: list[float] = []
         self._load = load
@@ -204,9 +203,9 @@ class _Producer:
 
     async def run(self, until: float) -> None:
         """Sends until the time given, then until all is acknowledged."""
-        channel = open_channel(targets(self._gateway))
+        connection = self._gateway.connection()
         delivery = Delivery(
-            channel,
+            connection,
             self,
             self.stats,
             first_sequence=1,
@@ -231,7 +230,7 @@ class _Producer:
             )
         finally:
             await delivery.close()
-            await channel.close()
+            await connection.close()
 
     def _submit(self, delivery: Delivery) -> None:
         plays = self._pool[self._turn % len(self._pool)]

@@ -43,6 +43,7 @@ class Child:
     Attributes:
         name: for messages.
         starts: how often it was started.
+        ready: set while a process runs that has said so on its standard output, by a line `ready: …`.
         was_ready: set by whoever knows; see `STARTS_MAX`.
     """
 
@@ -51,6 +52,7 @@ class Child:
         self.name = name
         self.starts = 0
         self.was_ready = False
+        self.ready = asyncio.Event()
         self._command = list(command)
         self._environment = dict(environment)
         self._on_line = on_line
@@ -117,11 +119,12 @@ class Child:
     async def _run_once(self) -> str:
         """Runs the process to its end. Returns how it ended, in words."""
         self._last_line = ""
+        self.ready.clear()
         self.starts += 1
         process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=self._environment,
             start_new_session=True,
@@ -129,23 +132,30 @@ class Child:
         self._process = process
         if self._stopping:  # asked while it was being started
             process.terminate()
-        if process.stderr is not None:
-            await self._pass_on(process.stderr)
+        if process.stdout is not None and process.stderr is not None:
+            await asyncio.gather(
+                self._pass_on(process.stderr, self._take_line), self._pass_on(process.stdout, self._take_output)
+            )
         code = await process.wait()
+        self.ready.clear()
         if code < 0:
             return f"ended by {signal.Signals(-code).name}"
         return f"ended with exit status {code}"
 
-    async def _pass_on(self, stream: asyncio.StreamReader) -> None:
+    async def _pass_on(self, stream: asyncio.StreamReader, take: Callable[[bytes], None]) -> None:
         rest = b""
         while chunk := await stream.read(_LINE_BYTES_MAX):
             *lines, rest = (rest + chunk).split(b"\n")
             if len(rest) > _LINE_BYTES_MAX:
                 lines, rest = [*lines, rest], b""
             for line in lines:
-                self._take_line(line)
+                take(line)
         if rest:
-            self._take_line(rest)
+            take(rest)
+
+    def _take_output(self, raw: bytes) -> None:
+        if raw.startswith(b"ready: "):
+            self.ready.set()
 
     def _take_line(self, raw: bytes) -> None:
         line = raw.decode(errors="replace").rstrip()

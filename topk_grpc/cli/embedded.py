@@ -11,18 +11,18 @@ which the gateway watches.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import os
+import secrets
 import socket
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from topk_grpc.cli.children import Child, OnLine
-from topk_grpc.client import TopKClient
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import (
     AddressInUseError,
@@ -30,17 +30,14 @@ from topk_grpc.errors import (
     ForeignDirectoryError,
     InvalidArgumentError,
     SettingError,
-    UnavailableError,
 )
 from topk_grpc.model import ClusterSettings, ShardInfo, Topology
-from topk_grpc.pb.topk.v1.topk_service_pb2 import DescribeClusterResponse
 from topk_grpc.ring.plan import plan_owners
 from topk_grpc.topology import open_store
 
 SHARDS_DEFAULT: Final = 2
 """Shards of a new cluster, if nobody says how many."""
 
-_POLL_SECONDS: Final = 0.05
 _EPOCH_FIRST: Final = 1
 _OWN_FILES: Final = frozenset({"up.lock", "topology.json.lock", "topology.json.new", "lost+found"})
 
@@ -55,6 +52,7 @@ class EmbeddedCluster:
         shards: int | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        metrics_port: int = 0,
         environment: Mapping[str, str] | None = None,
         on_line: OnLine = lambda _name, _line: None,
     ) -> None:
@@ -65,6 +63,7 @@ class EmbeddedCluster:
             shards: how many; None: as many as the data directory has, `SHARDS_DEFAULT` in a new one.
             host: the gateway's address.
             port: the gateway's port, 0 for a free one.
+            metrics_port: where the gateway serves metrics; the shards in their order on the ports after it. 0: nowhere.
             environment: settings of the servers, by variable.
             on_line: is told what the processes write on stderr, and when they end.
         """
@@ -72,6 +71,7 @@ class EmbeddedCluster:
         self._shards_asked = shards
         self._host = host
         self._port = port
+        self._metrics_port = metrics_port
         self._environment = os.environ | dict(environment or {})
         self._on_line = on_line
         self._lock: int | None = None
@@ -100,7 +100,7 @@ class EmbeddedCluster:
             topology = await self._topology()
             for info in topology.shards:
                 self.shards[info.shard_id] = Child(
-                    info.shard_id, self._shard_command(info.shard_id), self._environment, self._on_line
+                    info.shard_id, self._shard_command(info.shard_id), self._shard_environment(), self._on_line
                 )
             self.gateway = Child("gateway", self._gateway_command(), self._environment, self._on_line)
             self._tasks = {child.start() for child in [*self.shards.values(), self.gateway]}
@@ -108,22 +108,24 @@ class EmbeddedCluster:
             self._let_go()
             raise
 
-    async def wait_ready(self) -> DescribeClusterResponse:
-        """Returns when the gateway answers and reaches every shard; recovery may take its time.
+    async def wait_ready(self) -> None:
+        """Returns when the gateway and every shard have said that they answer; recovery may take its time.
 
         Raises:
             ProcessFailedError: a process does not start; the others still have to be stopped.
         """
-        asking = asyncio.create_task(self._ask_until_ready())
+        waiting = asyncio.ensure_future(self._all_ready())
         try:
-            await asyncio.wait({asking, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({waiting, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
             self._raise_failure()
-            response = await asking
+            await waiting
         finally:
-            asking.cancel()
+            waiting.cancel()
         for child in self._children():
             child.was_ready = True
-        return response
+
+    async def _all_ready(self) -> None:
+        await asyncio.gather(*(child.ready.wait() for child in self._children()))
 
     async def wait_failed(self) -> None:
         """Returns only by an exception, when a process failed for good."""
@@ -155,15 +157,6 @@ class EmbeddedCluster:
         for task in self._tasks:
             if task.done() and not task.cancelled():
                 task.result()
-
-    async def _ask_until_ready(self) -> DescribeClusterResponse:
-        async with TopKClient(self.address, deadline_seconds=5) as client:
-            while True:
-                with contextlib.suppress(UnavailableError):
-                    response = await client.describe()
-                    if response.shards and all(shard.reachable for shard in response.shards):
-                        return response
-                await asyncio.sleep(_POLL_SECONDS)
 
     # --- The data directory -------------------------------------------------------------------------------------------
 
@@ -199,6 +192,9 @@ class EmbeddedCluster:
             if (self._data_dir / "topology.json").exists():
                 topology = await store.read()
                 self._check(topology)
+                if not topology.secret:  # it was made by a release that had none
+                    topology = replace(topology, epoch=topology.epoch + 1, secret=secrets.token_hex(32))
+                    await store.compare_and_set(topology)
                 return topology
             foreign = sorted(each.name for each in self._data_dir.iterdir() if each.name not in _OWN_FILES)
             if foreign:
@@ -227,20 +223,27 @@ class EmbeddedCluster:
 
     # --- Commands -----------------------------------------------------------------------------------------------------
 
+    def _shard_environment(self) -> dict[str, str]:
+        """Shards listen on this machine alone, so without a CA of the cluster's own they need no TLS."""
+        own_ca = self._environment.get("TOPK_TLS_CA")
+        left_out = () if own_ca else ("TOPK_TLS_CERT", "TOPK_TLS_KEY")
+        return {name: value for name, value in self._environment.items() if name not in left_out}
+
     def _shard_command(self, shard_id: str) -> list[str]:
         # What must not come from the environment is said on the command line: a TOPK_LISTEN there is meant for others.
         return [
-            *self._role_command("shard", "127.0.0.1:0"),
+            *self._role_command("shard", "127.0.0.1:0", len(self.shards) + 1),
             *("--shard-id", shard_id, "--data-dir", str(self._data_dir / shard_id), "--advertise", ""),
         ]
 
     def _gateway_command(self) -> list[str]:
-        return self._role_command("gateway", self.address)
+        return self._role_command("gateway", self.address, 0)
 
-    def _role_command(self, role: str, listen: str) -> list[str]:
+    def _role_command(self, role: str, listen: str, number: int) -> list[str]:
+        metrics_port = self._metrics_port + number if self._metrics_port else 0
         return [
             *(sys.executable, "-m", "topk_grpc", role, "--topology", self._topology_url()),
-            *("--listen", listen, "--health-port", "0", "--exit-with-stdin"),
+            *("--listen", listen, "--health-port", "0", "--metrics-port", str(metrics_port), "--exit-with-stdin"),
         ]
 
 
@@ -252,6 +255,7 @@ def _new_topology(shard_ids: Sequence[str]) -> Topology:
         settings=settings,
         shards=tuple(ShardInfo(shard_id) for shard_id in sorted(shard_ids)),
         owners=_sorted_owners(shard_ids, settings),
+        secret=secrets.token_hex(32),
     )
 
 

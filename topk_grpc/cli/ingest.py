@@ -27,7 +27,7 @@ import typer
 
 from topk_grpc.cli.mapping import Mapping, PlayColumns, to_plays
 from topk_grpc.cli.progress import Bar, Progress
-from topk_grpc.cli.queries import targets, unreachable
+from topk_grpc.cli.reach import Reach, unreachable
 from topk_grpc.cli.sources import STDIN, Source, open_source
 from topk_grpc.cli.tabular import BATCH_ROWS, Problem, RowBatch, read
 from topk_grpc.cli.timestamps import utc_now_ms
@@ -51,7 +51,7 @@ class Request:
     delimiter: str
     producer_id: str | None
     skip_bad: bool
-    gateway: str
+    gateway: Reach
     json: bool
 
 
@@ -201,7 +201,7 @@ class _Sending:
 
     async def _greet(self) -> None:
         """Asks whether there is a cluster: plays would be kept for it patiently, for a minute."""
-        async with TopKClient(targets(self._request.gateway), deadline_seconds=_PATIENCE_SECONDS) as client:
+        async with self._request.gateway.client(deadline_seconds=_PATIENCE_SECONDS) as client:
             try:
                 await client.describe()
             except UnavailableError as error:
@@ -259,8 +259,7 @@ class _Sending:
             yield batch, columns
 
     def _client(self, first_sequence: int) -> TopKClient:
-        return TopKClient(
-            targets(self._request.gateway),
+        return self._request.gateway.client(
             producer_id=self._result.producer_id,
             first_sequence=first_sequence,
             first_sent_ms=0,  # the file may be ingested again in years: its marks must not expire

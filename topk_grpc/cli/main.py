@@ -17,6 +17,7 @@ import typer
 
 from topk_grpc._version import VERSION
 from topk_grpc.cli import settings
+from topk_grpc.cli.reach import Reach, with_reach
 from topk_grpc.config import GatewaySettings, ShardSettings
 from topk_grpc.errors import TopKError
 
@@ -30,15 +31,7 @@ app: Final = typer.Typer(
 cluster_app: Final = typer.Typer(help="The cluster itself.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
 
-Gateway = Annotated[
-    str,
-    typer.Option(
-        envvar="TOPK_GATEWAY",
-        metavar="HOST:PORT[,…]",
-        help="The gateway; several with commas between them, or a dns:///NAME:PORT, share the load.",
-    ),
-]
-GATEWAY_DEFAULT: Final = "127.0.0.1:50050"
+UNREACHED: Final = Reach()  # stands in the signatures; `with_reach` gives the real one
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Window = Annotated[
     str,
@@ -84,7 +77,7 @@ def root(
 
 @app.command("up")
 @settings.with_tunables
-def up(
+def up(  # noqa: PLR0917  # typer makes options of them
     data_dir: Annotated[
         Path, typer.Option(envvar="TOPK_DATA_DIR", help="Where the plays are kept; made if it does not exist.")
     ],
@@ -94,8 +87,17 @@ def up(
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="The gateway's port; 0 takes a free one.")] = 50050,
     host: Annotated[
-        str, typer.Option(help="The address the gateway listens on. There is no authentication: keep it local.")
+        str, typer.Option(help="The address the gateway listens on. Others than this machine's own need TLS.")
     ] = "127.0.0.1",
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            envvar="TOPK_METRICS_PORT",
+            min=0,
+            max=65_000,
+            help="Serve the gateway's metrics here, and the shards' on the ports after it, in their order; 0: nowhere.",
+        ),
+    ] = 0,
     environment: Any = None,
 ) -> None:
     """Run a whole cluster on this machine: shard processes and a gateway, restarted if they die.
@@ -104,7 +106,7 @@ def up(
     """
     from topk_grpc.cli.up import run
 
-    run(data_dir, shards=shards, host=host, port=port, environment=environment)
+    run(data_dir, shards=shards, host=host, port=port, metrics_port=metrics_port, environment=environment)
 
 
 def _run_shard(role: ShardSettings) -> None:
@@ -129,6 +131,7 @@ app.command("gateway")(settings.command_from(GatewaySettings, _run_gateway))
 
 
 @app.command()
+@with_reach
 def ingest(  # noqa: PLR0917  # typer makes options of them
     files: Annotated[
         list[str],
@@ -165,7 +168,7 @@ def ingest(  # noqa: PLR0917  # typer makes options of them
             "--skip-bad", help="Leave out rows that cannot be read, instead of stopping before anything is sent."
         ),
     ] = False,
-    gateway: Gateway = GATEWAY_DEFAULT,
+    gateway: Reach = UNREACHED,
     json: Json = False,
 ) -> None:
     """Load plays from files. The same file again counts once, so after any failure just run it again.
@@ -183,6 +186,7 @@ def ingest(  # noqa: PLR0917  # typer makes options of them
 
 
 @app.command()
+@with_reach
 def top(  # noqa: PLR0917  # typer makes options of them
     window: Window = "global",
     k: Annotated[int, typer.Option("-k", "--k", help="How many songs, 1 to 10,000.")] = 10,
@@ -201,7 +205,7 @@ def top(  # noqa: PLR0917  # typer makes options of them
         typer.Option(help="How many panes --history looks at, 2 to 520.", show_default="52"),
     ] = None,
     allow_partial: AllowPartial = False,
-    gateway: Gateway = GATEWAY_DEFAULT,
+    gateway: Reach = UNREACHED,
     json: Json = False,
 ) -> None:
     """Show the k songs with the most plays in a window, exactly."""
@@ -213,6 +217,7 @@ def top(  # noqa: PLR0917  # typer makes options of them
 
 
 @app.command()
+@with_reach
 def rank(  # noqa: PLR0917  # typer makes options of them
     songs: Annotated[list[str], typer.Argument(metavar="SONG…", help="1 to 100 songs.")],
     window: Window = "global",
@@ -222,7 +227,7 @@ def rank(  # noqa: PLR0917  # typer makes options of them
     chart: Chart = "",
     as_of: AsOf = "",
     allow_partial: AllowPartial = False,
-    gateway: Gateway = GATEWAY_DEFAULT,
+    gateway: Reach = UNREACHED,
     json: Json = False,
 ) -> None:
     """Show count and rank of given songs."""
@@ -232,6 +237,7 @@ def rank(  # noqa: PLR0917  # typer makes options of them
 
 
 @app.command()
+@with_reach
 def watch(  # noqa: PLR0917  # typer makes options of them
     window: Window = "global",
     k: Annotated[int, typer.Option("-k", "--k", help="How many songs, 1 to 1,000.")] = 10,
@@ -241,7 +247,7 @@ def watch(  # noqa: PLR0917  # typer makes options of them
     ] = False,
     updates: Annotated[int, typer.Option(min=0, help="End after so many updates, for scripts; 0: never.")] = 0,
     allow_partial: AllowPartial = False,
-    gateway: Gateway = GATEWAY_DEFAULT,
+    gateway: Reach = UNREACHED,
     json: Json = False,
 ) -> None:
     """Watch the k songs with the most plays in a window. Ctrl-C ends it.
@@ -254,7 +260,8 @@ def watch(  # noqa: PLR0917  # typer makes options of them
 
 
 @app.command()
-def charts(gateway: Gateway = GATEWAY_DEFAULT, json: Json = False) -> None:
+@with_reach
+def charts(gateway: Reach = UNREACHED, json: Json = False) -> None:
     """List the charts with their totals."""
     from topk_grpc.cli.queries import run_charts
 
@@ -262,7 +269,8 @@ def charts(gateway: Gateway = GATEWAY_DEFAULT, json: Json = False) -> None:
 
 
 @cluster_app.command()
-def status(gateway: Gateway = GATEWAY_DEFAULT, json: Json = False) -> None:
+@with_reach
+def status(gateway: Reach = UNREACHED, json: Json = False) -> None:
     """Show the shards: where they are, what they own and hold."""
     from topk_grpc.cli.queries import run_status
 
@@ -270,10 +278,11 @@ def status(gateway: Gateway = GATEWAY_DEFAULT, json: Json = False) -> None:
 
 
 @cluster_app.command("delete-song")
+@with_reach
 def delete_song(
     song: Annotated[str, typer.Argument(metavar="SONG", help="The song, as it was recorded.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Needed where no terminal is there to.")] = False,
-    gateway: Gateway = GATEWAY_DEFAULT,
+    gateway: Reach = UNREACHED,
     json: Json = False,
 ) -> None:
     """Delete a song: its plays are gone from all charts and windows, for good. Plays of it that come later count."""
@@ -286,6 +295,7 @@ def delete_song(
 
 
 @app.command()
+@with_reach
 def bench(  # noqa: PLR0917  # typer makes options of them
     seconds: Annotated[float, typer.Option(min=0.1, max=86_400, help="How long to send.")] = 10,
     songs: Annotated[int, typer.Option(min=1, max=50_000_000, help="Different songs.")] = 1_000_000,
@@ -294,7 +304,7 @@ def bench(  # noqa: PLR0917  # typer makes options of them
     producers: Annotated[int, typer.Option(min=1, max=64, help="Streams at once.")] = 2,
     in_flight: Annotated[int, typer.Option(min=1, max=63, help="Unacknowledged batches a stream.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the songs drawn.")] = 1,
-    gateway: Gateway = GATEWAY_DEFAULT,
+    gateway: Reach = UNREACHED,
     json: Json = False,
 ) -> None:
     """Load a running cluster with generated plays and measure it. The plays stay in the cluster."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from topk_grpc.cli.reach import Reach, unreachable
 from topk_grpc.client import TopKClient
 from topk_grpc.errors import UnavailableError
 from topk_grpc.model import Answer, Bounds, Certificate, ChartHistory, Entry, SongsAnswer, SongStanding, format_time
@@ -32,7 +33,7 @@ class Query:
     chart: str
     as_of: str
     allow_partial: bool
-    gateway: str
+    gateway: Reach
     json: bool
 
     @property
@@ -41,13 +42,7 @@ class Query:
         return {"chart": self.chart or None, "as_of": self.as_of or None, "allow_partial": self.allow_partial}
 
 
-def targets(gateway: str) -> str | list[str]:
-    """What `--gateway` names: one target, or several with commas between them."""
-    names = [name.strip() for name in gateway.split(",") if name.strip()]
-    return names if len(names) > 1 else gateway
-
-
-def ask(gateway: str, question: Callable[[TopKClient], Awaitable[Result]]) -> Result:
+def ask(gateway: Reach, question: Callable[[TopKClient], Awaitable[Result]]) -> Result:
     """Asks a cluster one question.
 
     Raises:
@@ -55,19 +50,13 @@ def ask(gateway: str, question: Callable[[TopKClient], Awaitable[Result]]) -> Re
     """
 
     async def run() -> Result:
-        async with TopKClient(targets(gateway), deadline_seconds=_SECONDS) as client:
+        async with gateway.client(deadline_seconds=_SECONDS) as client:
             try:
                 return await question(client)
             except UnavailableError as error:
                 raise unreachable(gateway, error) from error
 
     return asyncio.run(run())
-
-
-def unreachable(gateway: str, error: UnavailableError) -> UnavailableError:
-    """Says which gateway did not answer, and what to do."""
-    hint = ". Start a cluster with `topk up`, or name its gateway with --gateway" if "connect" in str(error) else ""
-    return UnavailableError(f"gateway {gateway}: {error}{hint}")
 
 
 def run_top(query: Query, k: int, history_panes: int = 0) -> None:
@@ -109,7 +98,7 @@ def run_rank(query: Query, song_ids: Sequence[str], neighbours: int) -> None:
     console.print(certificate_line(answer.certificate), soft_wrap=True)
 
 
-def run_charts(gateway: str, as_json: bool) -> None:
+def run_charts(gateway: Reach, as_json: bool) -> None:
     """Prints the charts."""
     charts = ask(gateway, lambda client: client.charts())
     if as_json:
@@ -124,7 +113,7 @@ def run_charts(gateway: str, as_json: bool) -> None:
     Console().print(table)
 
 
-def run_status(gateway: str, as_json: bool) -> None:
+def run_status(gateway: Reach, as_json: bool) -> None:
     """Prints the shards."""
     cluster = ask(gateway, lambda client: client.describe())
     if as_json:

@@ -13,9 +13,10 @@ from typing import Any, Final
 import typer
 
 from topk_grpc.config import GatewaySettings, SettingInfo, ShardSettings, describe
+from topk_grpc.errors import SettingError
 
 OWNED_BY_UP: Final = frozenset(
-    {"topology", "listen", "health_port", "exit_with_stdin", "shard_id", "data_dir", "advertise"}
+    {"topology", "listen", "health_port", "metrics_port", "exit_with_stdin", "shard_id", "data_dir", "advertise"}
 )
 """Settings that `topk up` decides for its children."""
 
@@ -32,7 +33,11 @@ def command_from(settings_class: type, run: Callable[[Any], None]) -> Callable[.
     """
 
     def command(**values: Any) -> None:
-        run(settings_class(**values))
+        try:
+            settings = settings_class(**values)
+        except SettingError as error:
+            raise typer.BadParameter(str(error)) from error
+        run(settings)
 
     _give_signature(command, [_parameter(info, info.default) for info in describe(settings_class)])
     command.__doc__ = run.__doc__

@@ -9,19 +9,47 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import typer
+
 from topk_grpc.cli.embedded import EmbeddedCluster
 from topk_grpc.cli.serve import warn_if_slow
+from topk_grpc.config import check_exposure
+from topk_grpc.errors import SettingError
 
 
-def run(data_dir: Path, *, shards: int | None, host: str, port: int, environment: Mapping[str, str]) -> None:
+def run(
+    data_dir: Path,
+    *,
+    shards: int | None,
+    host: str,
+    port: int,
+    metrics_port: int,
+    environment: Mapping[str, str],
+) -> None:
     """Runs the cluster until SIGINT or SIGTERM.
 
     Raises:
+        typer.BadParameter: others could reach the gateway, in plaintext.
         TopKError: it cannot start.
     """
     warn_if_slow()
+    try:
+        check_exposure(
+            f"{host}:{port}",
+            tls=bool(environment.get("TOPK_TLS_CERT")),
+            plaintext=environment.get("TOPK_PLAINTEXT") == "true",
+            flag="--host",
+        )
+    except SettingError as error:
+        raise typer.BadParameter(str(error)) from error
     cluster = EmbeddedCluster(
-        data_dir, shards=shards, host=host, port=port, environment=environment, on_line=_print_line
+        data_dir,
+        shards=shards,
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        environment=environment,
+        on_line=_print_line,
     )
     asyncio.run(_run(cluster))
 

@@ -23,8 +23,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from topk_grpc.changes import Change, ChangeKind, WatchUpdate
-from topk_grpc.cli.queries import answer_as_json, certificate_line, entry_as_json, span_text, targets, unreachable
-from topk_grpc.client import TopKClient
+from topk_grpc.cli.queries import answer_as_json, certificate_line, entry_as_json, span_text
+from topk_grpc.cli.reach import Reach, unreachable
 from topk_grpc.errors import TopKError, UnavailableError
 from topk_grpc.model import Bounds
 
@@ -49,7 +49,7 @@ class Request:
     chart: str
     latest: bool
     allow_partial: bool
-    gateway: str
+    gateway: Reach
     json: bool
     updates: int
 
@@ -91,7 +91,7 @@ def run(request: Request) -> None:
 
 async def _watch(request: Request, view: View) -> None:
     seen = 0
-    async with TopKClient(targets(request.gateway), deadline_seconds=_SECONDS) as client:
+    async with request.gateway.client(deadline_seconds=_SECONDS) as client:
         updates = client.watch(
             request.window,
             request.k,
@@ -111,14 +111,14 @@ async def _watch(request: Request, view: View) -> None:
                 raise unreachable(request.gateway, error) from error
 
 
-def _waiting(gateway: str, error: TopKError) -> str:
+def _waiting(gateway: Reach, error: TopKError) -> str:
     return f"gateway {gateway}: {error}; trying again"
 
 
 class _Notices:
     """Says on stderr that the connection broke, once, and when it is back."""
 
-    def __init__(self, gateway: str) -> None:
+    def __init__(self, gateway: Reach) -> None:
         self._gateway = gateway
         self._broken = False
 

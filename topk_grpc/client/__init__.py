@@ -7,5 +7,6 @@ batches, streams and time, order and bounds.
 from topk_grpc.client.aio import TopKClient
 from topk_grpc.client.blocking import BlockingTopKClient
 from topk_grpc.client.stats import ClientStats
+from topk_grpc.rpc.tls import TlsOptions
 
-__all__ = ["BlockingTopKClient", "ClientStats", "TopKClient"]
+__all__ = ["BlockingTopKClient", "ClientStats", "TlsOptions", "TopKClient"]

@@ -20,11 +20,10 @@ from topk_grpc.client.recorder import Recorder
 from topk_grpc.client.stats import ClientStats
 from topk_grpc.errors import InvalidArgumentError, TopKError
 from topk_grpc.model import Answer, AsOf, ChartSummary, Rejected, SongsAnswer, Window
-from topk_grpc.rpc.channels import open_channel, target_of
+from topk_grpc.rpc.connection import Connection, Token
+from topk_grpc.rpc.tls import TlsOptions
 
 if TYPE_CHECKING:
-    import grpc
-
     from topk_grpc.pb.topk.v1.topk_service_pb2 import DescribeClusterResponse, WatchTopKRequest
 
 
@@ -45,6 +44,9 @@ class TopKClient:
         self,
         target: str | Sequence[str] = "127.0.0.1:50050",
         *,
+        tls: TlsOptions | bool | None = None,
+        token: Token | None = None,
+        plaintext: bool = False,
         producer_id: str | None = None,
         first_sequence: int = 1,
         first_sent_ms: int | None = None,
@@ -62,6 +64,11 @@ class TopKClient:
         Args:
             target: a gateway as HOST:PORT, several as a list, or a name such as `dns:///gateways:50050`; streams and
                 queries go to all of them in turn.
+            tls: speak TLS. True: trust the public CAs; `TlsOptions`: a CA of your own, a certificate to show. Files are
+                read anew when they have changed.
+            token: shown to the gateway with each call: the token, a Path of a file that holds it, or a function that
+                returns it; file and function are asked again for each call and stream.
+            plaintext: allow the token to go to another machine without TLS.
             producer_id: names this source of batches, 1 to 128 bytes. None: a random one, right for every program that
                 does not keep it on disk together with its sequence. Two processes must never share one.
             first_sequence: the first batch's number: 1, or the next after those kept with producer_id.
@@ -83,9 +90,10 @@ class TopKClient:
             random: draws evenly from [0, 1), for the waits between streams; for tests and simulations.
 
         Raises:
-            SettingError: an argument is out of range, or the target is no address.
+            SettingError: an argument is out of range, the target is no address, a file cannot be used, or the token
+                would go to another machine in plaintext.
         """
-        self._target = target_of(target)
+        self._connection = Connection(target, tls=tls, token=token, plaintext=plaintext)
         self._options = RecordOptions(
             producer_id=uuid.uuid4().hex if producer_id is None else producer_id,
             first_sequence=first_sequence,
@@ -100,7 +108,6 @@ class TopKClient:
             random=random,
         )
         self._stats = ClientStats()
-        self._channel: grpc.aio.Channel | None = None
         self._recorder: Recorder | None = None
         self._queries: Queries | None = None
         self._closed = False
@@ -154,6 +161,8 @@ class TopKClient:
         Raises:
             InvalidArgumentError: it cannot be encoded; other plays are not touched.
             UnavailableError: no batch was acknowledged for deadline_seconds; the play was not taken.
+            UnauthenticatedError, PermissionDeniedError: the gateway refuses the token; the play was not taken. What was
+                taken before is kept: see `flush`.
             TopKError: the cluster refused an earlier batch for good, or a first send was answered `duplicate`
                 (DuplicateBatchError): nothing more is sent.
         """
@@ -201,6 +210,8 @@ class TopKClient:
             RejectedPlaysError: all are, but for the plays that it lists; only without on_rejected. Each is raised once.
             DuplicateBatchError: another process uses this producer_id: not everything recorded here was counted.
             UnavailableError: not within deadline_seconds. What is missing is kept and sent on: flush again.
+            UnauthenticatedError, PermissionDeniedError: the gateway refuses the token. What is missing is kept; when
+                that has been put right, flush again.
             TopKError: the cluster refused a batch for good; nothing more is sent.
         """
         await self._recording().flush()
@@ -334,24 +345,22 @@ class TopKClient:
 
     # --- Opening and shutting -----------------------------------------------------------------------------------------
 
-    def _connect(self) -> grpc.aio.Channel:
+    def _connect(self) -> Connection:
         if self._closed:
             raise InvalidArgumentError("the client is closed: make a new one")
-        if self._channel is None:
-            self._channel = open_channel(self._target)
-        return self._channel
+        return self._connection
 
     def _recording(self) -> Recorder:
         """The recorder; the first call has to be on the loop."""
-        channel = self._connect()
+        connection = self._connect()
         if self._recorder is None:
-            self._recorder = Recorder(channel, self._options, self._stats)
+            self._recorder = Recorder(connection, self._options, self._stats)
         return self._recorder
 
     def _asking(self) -> Queries:
-        channel = self._connect()
+        connection = self._connect()
         if self._queries is None:
-            self._queries = Queries(channel, self._options.deadline_seconds)
+            self._queries = Queries(connection, self._options.deadline_seconds)
         return self._queries
 
     async def _watch(
@@ -365,12 +374,9 @@ class TopKClient:
     async def _shut(self) -> None:
         """Disconnects without a flush."""
         self._closed = True
-        recorder, channel = self._recorder, self._channel
-        self._recorder = self._channel = None
+        recorder, self._recorder = self._recorder, None
         if recorder is not None:
             await recorder.close()
-        if channel is not None:
-            await channel.close()
-            # The channel's connections end in callbacks that are queued now; a loop that closes at once would lose
-            # them.
-            await asyncio.sleep(0)
+        await self._connection.close()
+        # The channel's connections end in callbacks that are queued now; a loop that closes at once would lose them.
+        await asyncio.sleep(0)

@@ -9,6 +9,8 @@ Theory of operation. One task runs streams one after the other while there is so
   each batch by (producer, sequence).
 - Waits between streams grow with full jitter and are short again after any acknowledgement.
 - A stream that stays silent although batches are unacknowledged is given up: a connection may be dead without an end.
+- A gateway that refuses the token stops nothing for good: a stream with another token is tried at once, where there is
+  one; else everybody who waits is told, plays are taken no more, and the next `wait_until` (a flush, say) tries again.
 - Only three things stop a producer: a status that would be the same the next time (retries.py), an acknowledgement
   `duplicate` of a batch sent once (two processes share the producer id), and an acknowledgement that answers nothing.
   The failure is raised to everybody who waits, now and later; what is unacknowledged is not sent again.
@@ -30,8 +32,18 @@ from topk_grpc.client.notifier import Notifier
 from topk_grpc.client.outbox import Outbox, OutgoingBatch
 from topk_grpc.client.retries import retry_after_seconds
 from topk_grpc.client.stats import ClientStats
-from topk_grpc.errors import DeadlineError, DuplicateBatchError, InvalidArgumentError, TopKError, UnavailableError
+from topk_grpc.errors import (
+    DeadlineError,
+    DuplicateBatchError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    SettingError,
+    TopKError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.rpc.connection import Connection, Metadata
 from topk_grpc.rpc.status import from_rpc_error
 
 if TYPE_CHECKING:
@@ -57,7 +69,7 @@ class Delivery:
 
     def __init__(
         self,
-        channel: grpc.aio.Channel,
+        connection: Connection,
         listener: Listener,
         stats: ClientStats,
         *,
@@ -70,7 +82,7 @@ class Delivery:
         """Starts delivering; a stream is opened with the first batch.
 
         Args:
-            channel: to the gateways; stays the caller's.
+            connection: to the gateways; stays the caller's.
             listener: is told of acknowledgements.
             stats: is counted up.
             first_sequence: of the first batch.
@@ -96,11 +108,10 @@ class Delivery:
         self._last_end: TopKError | None = None  # how the last stream ended, for messages
         self.failure: Exception | None = None
         """What stopped the producer, if anything did."""
-        self._open_call: PlaysMultiCallable = channel.stream_stream(
-            "/topk.v1.TopKService/StreamPlays",
-            request_serializer=None,
-            response_deserializer=pb.StreamPlaysResponse.FromString,
-        )
+        self._refused = False  # by a failure that putting the token right would end
+        self._connection = connection
+        self._shown: Metadata = ()  # on the present stream
+        self._retried = False  # with another token, since anything was acknowledged
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run(), name="topk delivery")
 
@@ -150,6 +161,9 @@ class Delivery:
             DeadlineError: it did not hold in time. Unacknowledged batches stay and are sent on.
             TopKError: the producer has stopped.
         """
+        if self._refused:
+            self._refused, self.failure = False, None
+            self._changed.notify()
         try:
             async with asyncio.timeout_at(until):
                 while True:
@@ -193,7 +207,16 @@ class Delivery:
             wait_seconds = 0.0
             while await self._work_to_do():
                 await asyncio.sleep(wait_seconds)
-                least_seconds = await self._run_stream()
+                try:
+                    least_seconds = await self._run_stream()
+                except (UnauthenticatedError, PermissionDeniedError, SettingError) as error:
+                    least_seconds = 0.0
+                    self._last_end = error
+                    # One other token is tried, then it is not the token's age.
+                    self._retried = not self._retried and self._connection.has_other(self._shown)
+                    if not self._retried:
+                        self._refused, self.failure = True, error
+                        self._changed.notify()
                 wait_seconds = self._backoff.next_seconds(least_seconds)
         except Exception as error:
             # Whatever it is, nobody else will see it: the callers must.
@@ -201,8 +224,8 @@ class Delivery:
 
     async def _work_to_do(self) -> bool:
         """Waits for something to deliver; False when there is nothing more to come."""
-        while not len(self._outbox):
-            if self._closing or self.failure is not None:
+        while self._refused or not len(self._outbox):
+            if self._closing or (self.failure is not None and not self._refused):
                 return False
             await self._changed.wait()
         return self.failure is None
@@ -220,7 +243,13 @@ class Delivery:
         self._stats.reconnects = self._streams - 1
         self._outbox.begin_stream()
         self._progress_at = self._loop.time()
-        call = self._open_call()
+        self._shown = self._connection.metadata()
+        open_call: PlaysMultiCallable = self._connection.channel.stream_stream(
+            "/topk.v1.TopKService/StreamPlays",
+            request_serializer=None,
+            response_deserializer=pb.StreamPlaysResponse.FromString,
+        )
+        call = open_call(metadata=self._shown)
         reader = self._loop.create_task(self._read(call), name="topk delivery reader")
         writer = self._loop.create_task(self._write(call), name="topk delivery writer")
         try:
@@ -302,6 +331,7 @@ class Delivery:
         self._progress_at = self._loop.time()
         self._backoff.reset()
         self._last_end = None
+        self._retried = False
         self._stats.batches_acknowledged += 1
         self._stats.batches_duplicate += response.duplicate
         self._listener.on_acknowledged(batch, response)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -13,21 +13,42 @@ from topk_grpc.model import Answer, AsOf, ChartSummary, SongsAnswer, Window, par
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 from topk_grpc.rpc import convert
+from topk_grpc.rpc.connection import Connection
 from topk_grpc.rpc.status import from_rpc_error
 
 if TYPE_CHECKING:
     from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceAsyncStub
 
-Response = TypeVar("Response")
-
 
 class Queries:
     """Asks a gateway. The methods' contracts stand at `TopKClient`."""
 
-    def __init__(self, channel: grpc.aio.Channel, deadline_seconds: float) -> None:
-        """Asks over the channel given; each call takes at most deadline_seconds."""
-        self._stub: TopKServiceAsyncStub = TopKServiceStub(channel)
+    def __init__(self, connection: Connection, deadline_seconds: float) -> None:
+        """Asks over the connection given; each call takes at most deadline_seconds."""
+        self._connection = connection
+        self._channel: grpc.aio.Channel | None = None
+        self._made: TopKServiceAsyncStub | None = None
         self._deadline_seconds = deadline_seconds
+
+    @property
+    def _stub(self) -> TopKServiceAsyncStub:
+        """Of the channel that is to be used now."""
+        channel = self._connection.channel
+        if self._made is None or channel is not self._channel:
+            self._channel, self._made = channel, TopKServiceStub(channel)
+        return self._made
+
+    async def _call(self, method: str, request: Any) -> Any:
+        """Makes a call.
+
+        Raises:
+            TopKError: as the gateway says, or UnavailableError.
+        """
+        metadata = self._connection.metadata()
+        try:
+            return await getattr(self._stub, method)(request, timeout=self._deadline_seconds, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
 
     async def top_k(  # noqa: PLR0917  # called from one place
         self,
@@ -50,7 +71,7 @@ class Queries:
             )
         except (TypeError, ValueError) as error:
             raise _refused(error) from error
-        return convert.answer_from_pb(await _answer(self._stub.GetTopK(request, timeout=self._deadline_seconds)))
+        return convert.answer_from_pb(await self._call("GetTopK", request))
 
     async def songs(  # noqa: PLR0917  # called from one place
         self,
@@ -75,7 +96,7 @@ class Queries:
             )
         except (TypeError, ValueError) as error:
             raise _refused(error) from error
-        return convert.songs_answer_from_pb(await _answer(self._stub.GetSongs(request, timeout=self._deadline_seconds)))
+        return convert.songs_answer_from_pb(await self._call("GetSongs", request))
 
     def watching(
         self,
@@ -86,8 +107,9 @@ class Queries:
     ) -> Watching:
         """WatchTopK, again and again; the request is one of `watch_request`."""
         return Watching(
-            self._stub.WatchTopK,
+            lambda metadata: self._stub.WatchTopK(request, metadata=metadata),
             request,
+            self._connection,
             first_seconds=self._deadline_seconds,
             random=random,
             closed=closed,
@@ -97,12 +119,13 @@ class Queries:
     async def charts(self, allow_partial: bool) -> tuple[ChartSummary, ...]:
         """ListCharts."""
         request = pb.ListChartsRequest(allow_partial=allow_partial)
-        response = await _answer(self._stub.ListCharts(request, timeout=self._deadline_seconds))
+        response = await self._call("ListCharts", request)
         return tuple(convert.chart_from_pb(chart) for chart in response.charts)
 
     async def describe(self) -> pb.DescribeClusterResponse:
         """DescribeCluster."""
-        return await _answer(self._stub.DescribeCluster(pb.DescribeClusterRequest(), timeout=self._deadline_seconds))
+        response: pb.DescribeClusterResponse = await self._call("DescribeCluster", pb.DescribeClusterRequest())
+        return response
 
 
 def watch_request(
@@ -138,10 +161,3 @@ def _refused(error: Exception) -> InvalidArgumentError:
     if isinstance(error, InvalidArgumentError):
         return error
     return InvalidArgumentError(f"the request cannot be written: {error}")
-
-
-async def _answer(call: Awaitable[Response]) -> Response:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error

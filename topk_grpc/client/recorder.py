@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 
-import grpc
 from google.protobuf.message import DecodeError
 
 from topk_grpc.client.buffer import Added, PlayBuffer, check_play
@@ -26,6 +25,7 @@ from topk_grpc.errors import RejectedPlaysError
 from topk_grpc.kernels.encode import encode_batch, encode_batch_columns
 from topk_grpc.model import Play, Rejected
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.rpc.connection import Connection
 
 _REJECTED_KEPT: Final = 1000
 """Rejected plays that are kept for a RejectedPlaysError; more are counted."""
@@ -34,7 +34,7 @@ _REJECTED_KEPT: Final = 1000
 class Recorder:
     """One producer: buffers, batches, delivers."""
 
-    def __init__(self, channel: grpc.aio.Channel, options: RecordOptions, stats: ClientStats) -> None:
+    def __init__(self, connection: Connection, options: RecordOptions, stats: ClientStats) -> None:
         """Starts the delivery on the running loop."""
         self._options = options
         self._producer_id = options.producer_id.encode()
@@ -46,7 +46,7 @@ class Recorder:
         self._rejected: list[Rejected] = []
         self._rejected_count = 0
         self._delivery = Delivery(
-            channel,
+            connection,
             self,
             stats,
             first_sequence=options.first_sequence,

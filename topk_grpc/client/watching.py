@@ -17,14 +17,14 @@ import grpc
 from topk_grpc.changes import WatchUpdate, apply, diff
 from topk_grpc.client.backoff import Backoff
 from topk_grpc.client.retries import retry_after_seconds
-from topk_grpc.errors import InvalidArgumentError, TopKError, UnavailableError
+from topk_grpc.errors import InvalidArgumentError, TopKError, UnauthenticatedError, UnavailableError
 from topk_grpc.model import Answer, Entry
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.rpc import convert, steps
+from topk_grpc.rpc.connection import Connection, Metadata
 from topk_grpc.rpc.status import from_rpc_error
 
 if TYPE_CHECKING:
-    WatchMultiCallable = grpc.aio.UnaryStreamMultiCallable[pb.WatchTopKRequest, pb.WatchTopKResponse]
     WatchCall = grpc.aio.UnaryStreamCall[pb.WatchTopKRequest, pb.WatchTopKResponse]
 
 Interrupted = Callable[[TopKError], None]
@@ -36,8 +36,9 @@ class Watching:
 
     def __init__(
         self,
-        open_call: WatchMultiCallable,
+        open_call: Callable[[Metadata], WatchCall],
         request: pb.WatchTopKRequest,
+        connection: Connection,
         *,
         first_seconds: float,
         random: Callable[[], float],
@@ -47,8 +48,9 @@ class Watching:
         """Opens nothing yet.
 
         Args:
-            open_call: the method WatchTopK of a channel.
+            open_call: calls WatchTopK with the request as it is then, and the metadata given.
             request: what to watch.
+            connection: has the token.
             first_seconds: how long the first list may take.
             random: draws evenly from [0, 1).
             closed: whether the client was closed, which ends the watch.
@@ -56,6 +58,7 @@ class Watching:
         """
         self._open_call = open_call
         self._request = request
+        self._connection = connection
         self._first_seconds = first_seconds
         self._closed = closed
         self._on_interrupted = on_interrupted
@@ -71,16 +74,22 @@ class Watching:
             TopKError: the cluster refuses the watch for good.
         """
         until = asyncio.get_running_loop().time() + self._first_seconds
+        retried = False  # with another token, since the last list
         while not self._closed():
-            call = self._open_call(self._request)
+            shown = self._connection.metadata()
+            call = self._open_call(shown)
             try:
                 while (update := await self._next(call, until)) is not None:
                     self._backoff.reset()
+                    retried = False
                     yield update
                 least_seconds = 0.0  # it ended with OK, as streams of a draining server do
             except grpc.aio.AioRpcError as error:
                 asked = retry_after_seconds(error)
                 failure = from_rpc_error(error)
+                if isinstance(failure, UnauthenticatedError) and not retried:
+                    retried = self._connection.has_other(shown)
+                    asked = 0.0 if retried else None
                 if asked is None:
                     raise failure from error
                 if self._number is None and asyncio.get_running_loop().time() + asked >= until:

@@ -23,11 +23,11 @@ import grpc
 
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import InvalidArgumentError, ResourceExhaustedError, TopKError
+from topk_grpc.gateway.channels import ShardChannels
 from topk_grpc.kernels.encode import varint
 from topk_grpc.model import ShardInfo
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.rpc import log
-from topk_grpc.rpc.channels import open_channel
 from topk_grpc.rpc.status import from_rpc_error
 
 REQUESTS_UNDER_WAY_MAX: Final = 2
@@ -66,13 +66,13 @@ class ShardLink:
 
     Args:
         settings: the gateway's.
-        cluster_id: whose shard it is.
+        channels: the way to the cluster's shards.
         shard: its name and present address.
     """
 
-    def __init__(self, settings: GatewaySettings, cluster_id: str, shard: ShardInfo) -> None:
+    def __init__(self, settings: GatewaySettings, channels: ShardChannels, shard: ShardInfo) -> None:
         self._settings = settings
-        self._metadata = (("topk-cluster-id", cluster_id), ("topk-shard-id", shard.shard_id))
+        self._channels = channels
         self._shard = shard
         self._waiting: deque[Part] = deque()
         self._waiting_bytes = 0
@@ -155,8 +155,9 @@ class ShardLink:
     async def _run_stream(self) -> bool:
         """Serves one stream until it ends; whether anything was answered on it."""
         answered = False
-        async with open_channel(self._shard.address) as channel:
-            call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(_APPEND)(metadata=self._metadata)
+        async with self._channels.open(self._shard.address) as channel:
+            metadata = self._channels.metadata(self._shard.shard_id)
+            call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(_APPEND)(metadata=metadata)
             sender = asyncio.create_task(self._send(call))
             moved = asyncio.create_task(self._moved.wait())
             reading: asyncio.Future[Any] | None = None

@@ -22,11 +22,11 @@ from topk_grpc.errors import (
     TopKError,
     UnavailableError,
 )
+from topk_grpc.gateway.channels import ShardChannels
 from topk_grpc.gateway.routing import RoutingWatch
 from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
-from topk_grpc.rpc.channels import open_channel
 from topk_grpc.rpc.status import from_rpc_error
 
 _AGAIN_SECONDS: Final = (0.05, 1.0)
@@ -67,22 +67,23 @@ class Gathered(Generic[AnswerT]):
 class ShardQueries:
     """Query stubs to the shards, on connections of their own: a query must not wait behind megabytes of plays."""
 
-    def __init__(self, settings: GatewaySettings, cluster_id: str) -> None:
+    def __init__(self, settings: GatewaySettings, channels: ShardChannels) -> None:
         self._settings = settings
-        self._cluster_id = cluster_id
-        self._channels: dict[str, tuple[str, grpc.aio.Channel]] = {}
+        self._shards = channels
+        self._channels: dict[str, tuple[tuple[str, int], grpc.aio.Channel]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def _stub(self, shard: ShardInfo) -> pb_grpc.ShardServiceStub:
-        address, channel = self._channels.get(shard.shard_id, ("", None))
-        if channel is None or address != shard.address:
+        opened_for, channel = self._channels.get(shard.shard_id, (None, None))
+        wanted = (shard.address, self._shards.generation)
+        if channel is None or opened_for != wanted:
             if channel is not None:
                 task = asyncio.create_task(channel.close(self._settings.query_seconds))
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
             # Asking again is the caller's: gRPC's own retries hide why, and hold up those that go without the shard.
-            channel = open_channel(shard.address, options=[("grpc.enable_retries", 0)])
-            self._channels[shard.shard_id] = (shard.address, channel)
+            channel = self._shards.open(shard.address, options=[("grpc.enable_retries", 0)])
+            self._channels[shard.shard_id] = (wanted, channel)
         return pb_grpc.ShardServiceStub(channel)
 
     async def ask(self, shard: ShardInfo, method: str, request: Any, seconds: float) -> Any:
@@ -93,7 +94,7 @@ class ShardQueries:
         """
         if not shard.address:
             raise UnavailableError(f"{shard.shard_id} has not started yet")
-        metadata = (("topk-cluster-id", self._cluster_id), ("topk-shard-id", shard.shard_id))
+        metadata = self._shards.metadata(shard.shard_id)
         try:
             return await getattr(self._stub(shard), method)(request, timeout=max(seconds, 0.001), metadata=metadata)
         except grpc.RpcError as error:

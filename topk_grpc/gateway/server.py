@@ -6,18 +6,20 @@ import asyncio
 
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import SettingError
+from topk_grpc.gateway.access import TokenGate
 from topk_grpc.gateway.admin import ADMIN_SERVICE, ClusterAdminService
+from topk_grpc.gateway.channels import ShardChannels
 from topk_grpc.gateway.link import ShardLink
 from topk_grpc.gateway.queries import Queries
 from topk_grpc.gateway.recorder import Recorder
 from topk_grpc.gateway.routing import RoutingWatch
 from topk_grpc.gateway.scatter import Scatter, ShardQueries
 from topk_grpc.gateway.service import TopKService
-from topk_grpc.kernels import compiled
 from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
 from topk_grpc.pb.topk.v1.admin_service_pb2_grpc import add_ClusterAdminServiceServicer_to_server
-from topk_grpc.rpc import log, process
+from topk_grpc.rpc import log, startup
+from topk_grpc.rpc.access import AccessInterceptor
 from topk_grpc.rpc.lifecycle import StopRequest, serve_until_stopped
 from topk_grpc.rpc.server import (
     CONCURRENT_CALLS_MAX,
@@ -40,15 +42,8 @@ async def serve(settings: GatewaySettings) -> None:
     Raises:
         TopKError: it cannot start; the message says why and what to do.
     """
-    log.configure(settings.log_level, role="gateway")
+    startup.begin(settings, role="gateway")
     stop = StopRequest().install(stdin=settings.exit_with_stdin)
-    if not compiled():
-        log.warning(
-            "kernels_uncompiled",
-            consequence="hundreds of times slower",
-            remedy="install a C compiler, then `make install`",
-        )
-    process.prepare()
     store = open_store(settings.topology)
     try:
         await _serve(settings, stop, store)
@@ -64,26 +59,34 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
             f"the cluster's partitioner is {topology.settings.partitioner!r}: this release knows"
             f" {', '.join(_PARTITIONERS)}"
         )
-    # Watches are many and idle: they have a bound of their own, and must not keep plays and queries out.
-    server = create_server(settings.message_bytes_max, concurrent_calls_max=CONCURRENT_CALLS_MAX + settings.watches_max)
+    gate = TokenGate(settings.tokens_file) if settings.tokens_file else None
+    access = AccessInterceptor(gate) if gate is not None else None
+    channels = ShardChannels(settings, topology.cluster_id, topology.secret)
+    server = create_server(
+        settings.message_bytes_max,
+        # Watches are many and idle: they have a bound of their own, and must not keep plays and queries out.
+        concurrent_calls_max=CONCURRENT_CALLS_MAX + settings.watches_max,
+        access=access,
+    )
     health = Health()
     await health.register(server)
     servers = [server]
-    address = await bind(server, settings.listen)
+    address = await bind(server, settings.listen, credentials=startup.credentials_of(settings, settings.tls_client_ca))
     if settings.health_port:
         health_server, _ = await start_health_server(health, settings.listen, settings.health_port)
         servers.append(health_server)
-    links = {shard.shard_id: ShardLink(settings, topology.cluster_id, shard) for shard in topology.shards}
+    links = {shard.shard_id: ShardLink(settings, channels, shard) for shard in topology.shards}
 
     def follow(changed: Topology) -> None:
         for shard in changed.shards:
             if shard.shard_id in links:
                 links[shard.shard_id].move(shard)
             else:
-                links[shard.shard_id] = ShardLink(settings, changed.cluster_id, shard)
+                links[shard.shard_id] = ShardLink(settings, channels, shard)
 
     watch = RoutingWatch(store, topology, follow)
-    shard_queries = ShardQueries(settings, topology.cluster_id)
+    following = asyncio.create_task(gate.follow(access.recheck)) if gate is not None and access is not None else None
+    shard_queries = ShardQueries(settings, channels)
     try:
         service = TopKService(
             settings,
@@ -105,8 +108,12 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
         await server.start()
         await health.set(ready=True)
         log.event("ready", address=address, cluster=topology.cluster_id, epoch=topology.epoch)
+        startup.tell_supervisor(settings, address)
         await serve_until_stopped(servers, health, stop, settings.drain_seconds)
         await service.close()
     finally:
+        if following is not None:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
         await watch.close()
         await asyncio.gather(*(link.close() for link in links.values()), shard_queries.close())

@@ -19,7 +19,7 @@ from topk_grpc.gateway.recorder import Recorder
 from topk_grpc.gateway.routing import RoutingWatch
 from topk_grpc.gateway.scatter import ShardQueries
 from topk_grpc.gateway.watch import WatchHub, watch_query_from_pb
-from topk_grpc.model import ShardInfo
+from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
@@ -159,9 +159,12 @@ class TopKService(_Base):  # type: ignore[misc]
     async def DescribeCluster(self, request: pb.DescribeClusterRequest, context: Context) -> pb.DescribeClusterResponse:  # noqa: N802
         """The shards, who owns what, and the settings."""
         topology = self._watch.current.topology
-        shards = await asyncio.gather(
-            *(self._describe(shard, len(topology.slots_of(shard.shard_id))) for shard in topology.shards)
-        )
+        shards = await self._describe_all(topology)
+        if not all(shard.reachable for shard in shards):
+            # A shard that has just started may be at another address than this gateway has heard of.
+            fresh = (await self._watch.refresh()).topology
+            if fresh.epoch > topology.epoch:
+                topology, shards = fresh, await self._describe_all(fresh)
         return pb.DescribeClusterResponse(
             cluster_id=topology.cluster_id,
             epoch=topology.epoch,
@@ -173,6 +176,11 @@ class TopKService(_Base):  # type: ignore[misc]
             k_max=self._settings.k_max,
             batch_plays_max=self._settings.batch_plays_max,
             message_bytes_max=self._settings.message_bytes_max,
+        )
+
+    async def _describe_all(self, topology: Topology) -> list[pb.ShardDescription]:
+        return await asyncio.gather(
+            *(self._describe(shard, len(topology.slots_of(shard.shard_id))) for shard in topology.shards)
         )
 
     async def _describe(self, shard: ShardInfo, slots: int) -> pb.ShardDescription:

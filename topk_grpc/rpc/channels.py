@@ -93,14 +93,19 @@ def target_of(target: str | Sequence[str]) -> str:
 
 
 def open_channel(
-    target: str | Sequence[str], *, message_bytes_max: int = MESSAGE_BYTES_MAX, options: Sequence[tuple[str, Any]] = ()
+    target: str | Sequence[str],
+    *,
+    message_bytes_max: int = MESSAGE_BYTES_MAX,
+    options: Sequence[tuple[str, Any]] = (),
+    credentials: grpc.ChannelCredentials | None = None,
 ) -> grpc.aio.Channel:
-    """Opens a plaintext channel; it connects when first used, and again whenever the connection is lost.
+    """Opens a channel; it connects when first used, and again whenever the connection is lost.
 
     Args:
         target: as in `target_of`.
         message_bytes_max: the largest answer taken. What is sent is bounded by the server.
         options: gRPC's, over those given here.
+        credentials: for TLS; None: plaintext.
 
     Raises:
         SettingError: as in `target_of`.
@@ -124,4 +129,6 @@ def open_channel(
         "grpc.enable_http_proxy": 0,
     }
     chosen.update(options)
+    if credentials is not None:
+        return grpc.aio.secure_channel(target_of(target), credentials, options=list(chosen.items()))
     return grpc.aio.insecure_channel(target_of(target), options=list(chosen.items()))

@@ -42,16 +42,22 @@ UnaryHandler = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], Await
 StreamHandler = Callable[[AsyncIterator[bytes], "grpc.aio.ServicerContext[bytes, bytes]"], Any]
 
 
-def create_server(message_bytes_max: int, *, concurrent_calls_max: int = CONCURRENT_CALLS_MAX) -> grpc.aio.Server:
+def create_server(
+    message_bytes_max: int,
+    *,
+    concurrent_calls_max: int = CONCURRENT_CALLS_MAX,
+    access: grpc.aio.ServerInterceptor | None = None,
+) -> grpc.aio.Server:
     """A server whose handlers may raise any error of errors.py.
 
     Args:
         message_bytes_max: the largest message taken; larger ones are refused by gRPC with RESOURCE_EXHAUSTED. Answers
             are as large as they are: the limits of queries bound them.
         concurrent_calls_max: calls under way; one more is refused with RESOURCE_EXHAUSTED.
+        access: is asked who may call, before any handler; None: everybody may.
     """
     return grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
+        interceptors=[ErrorInterceptor(), *([] if access is None else [access])],
         maximum_concurrent_rpcs=concurrent_calls_max,
         options=[
             ("grpc.so_reuseport", 0),  # on, a second server would bind a used port without a word
@@ -165,13 +171,19 @@ def _in_use(host: str, port: int, flag: str) -> AddressInUseError:
     )
 
 
-async def bind(server: grpc.aio.Server, address: str, flag: str = "--listen") -> str:
-    """Opens the port a server listens on, in plaintext.
+async def bind(
+    server: grpc.aio.Server,
+    address: str,
+    flag: str = "--listen",
+    credentials: grpc.ServerCredentials | None = None,
+) -> str:
+    """Opens the port a server listens on.
 
     Args:
         server: not started yet.
         address: HOST:PORT; port 0 takes a free one.
         flag: the setting that errors tell to change.
+        credentials: for TLS; None: plaintext.
 
     Returns:
         HOST:PORT, with the port that was taken.
@@ -184,7 +196,8 @@ async def bind(server: grpc.aio.Server, address: str, flag: str = "--listen") ->
     if port:
         _probe(host, port, flag)
     try:
-        bound = server.add_insecure_port(_join(host, port))
+        where = _join(host, port)
+        bound = server.add_insecure_port(where) if credentials is None else server.add_secure_port(where, credentials)
     except RuntimeError as error:
         if port:
             raise _in_use(host, port, flag) from error  # since the probe

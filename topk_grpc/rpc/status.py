@@ -53,6 +53,12 @@ TABLE: Final[Mapping[type[BaseException], Row]] = {
     errors.OutOfRangeError: Row(Code.OUT_OF_RANGE, "OUT_OF_RANGE"),
     errors.SettingError: Row(Code.INVALID_ARGUMENT, "INVALID_SETTING"),
     errors.InputError: Row(Code.INVALID_ARGUMENT, "INVALID_INPUT"),
+    errors.UnauthenticatedError: Row(Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.TokenMissingError: Row(Code.UNAUTHENTICATED, "TOKEN_MISSING"),
+    errors.TokenUnknownError: Row(Code.UNAUTHENTICATED, "TOKEN_UNKNOWN"),
+    errors.TokenExpiredError: Row(Code.UNAUTHENTICATED, "TOKEN_EXPIRED"),
+    errors.ForeignCallerError: Row(Code.UNAUTHENTICATED, "FOREIGN_CALLER"),
+    errors.PermissionDeniedError: Row(Code.PERMISSION_DENIED, "PERMISSION_DENIED"),
     errors.DuplicateBatchError: Row(Code.ALREADY_EXISTS, "DUPLICATE_BATCH"),
     errors.ProducerExpiredError: Row(Code.FAILED_PRECONDITION, "PRODUCER_EXPIRED"),
     errors.RejectedPlaysError: Row(Code.INVALID_ARGUMENT, "REJECTED_PLAYS"),
@@ -60,6 +66,7 @@ TABLE: Final[Mapping[type[BaseException], Row]] = {
     errors.DeadlineError: Row(Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", 500),
     errors.NotReadyError: Row(Code.UNAVAILABLE, "NOT_READY", 1000),
     errors.ResourceExhaustedError: Row(Code.RESOURCE_EXHAUSTED, "RESOURCE_EXHAUSTED", 1000),
+    errors.RateLimitedError: Row(Code.RESOURCE_EXHAUSTED, "RATE_LIMITED", 1000),  # or as the error says
     # The caller holds an old topology: the same call to the same address cannot succeed.
     errors.WrongServerError: Row(Code.FAILED_PRECONDITION, "WRONG_SERVER"),
     errors.AddressInUseError: Row(Code.FAILED_PRECONDITION, "ADDRESS_IN_USE"),
@@ -95,6 +102,8 @@ _FOREIGN: Final[Mapping[grpc.StatusCode, type[errors.TopKError]]] = {
     Code.UNKNOWN: errors.UnavailableError,
     Code.DEADLINE_EXCEEDED: errors.DeadlineError,
     Code.RESOURCE_EXHAUSTED: errors.ResourceExhaustedError,
+    Code.UNAUTHENTICATED: errors.UnauthenticatedError,
+    Code.PERMISSION_DENIED: errors.PermissionDeniedError,
 }
 _RETRIABLE: Final = frozenset({Code.UNAVAILABLE, Code.ABORTED, Code.CANCELLED, Code.UNKNOWN, Code.DEADLINE_EXCEEDED})
 
@@ -180,7 +189,8 @@ def status_of(error: BaseException, error_id: str = "") -> RpcStatus:
                 metadata = {"path": known.path} | ({} if known.offset is None else {"offset": str(known.offset)})
             if isinstance(known, errors.OutOfRangeError):
                 metadata = {"start_ms": str(known.start_ms), "end_ms": str(known.end_ms)}
-            return RpcStatus(row.code, row.reason, str(known) or type(known).__name__, row.retry_after_ms, metadata)
+            retry_ms = known.retry_after_ms if isinstance(known, errors.RateLimitedError) else row.retry_after_ms
+            return RpcStatus(row.code, row.reason, str(known) or type(known).__name__, retry_ms, metadata)
     row = TABLE[errors.TopKError]
     if isinstance(error, errors.TopKError):
         return RpcStatus(row.code, row.reason, str(error))

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from topk_grpc.config import ShardSettings
-from topk_grpc.errors import TopKError
-from topk_grpc.kernels import compiled
+from topk_grpc.errors import TopKError, TopologyError
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
-from topk_grpc.rpc import log, process
+from topk_grpc.rpc import log, startup
+from topk_grpc.rpc.access import AccessInterceptor, ClusterGate
 from topk_grpc.rpc.lifecycle import StopRequest, graceful_stop
 from topk_grpc.rpc.server import Health, add_raw_handlers, add_reflection, bind, create_server, start_health_server
 from topk_grpc.shard.core import Identity, ShardCore
@@ -30,15 +30,8 @@ async def serve(settings: ShardSettings) -> None:
     Raises:
         TopKError: it cannot start (the message says why and what to do), or its log failed.
     """
-    log.configure(settings.log_level, role="shard", shard=settings.shard_id)
+    startup.begin(settings, role="shard", shard=settings.shard_id)
     stop = StopRequest().install(stdin=settings.exit_with_stdin)
-    if not compiled():
-        log.warning(
-            "kernels_uncompiled",
-            consequence="hundreds of times slower",
-            remedy="install a C compiler, then `make install`",
-        )
-    process.prepare()
     store = open_store(settings.topology)
     try:
         await _serve(settings, stop, store)
@@ -53,11 +46,19 @@ async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStor
     identity = Identity(topology.cluster_id, settings.shard_id)
     core = ShardCore(settings, topology.settings)
     check_directory(info, core.directory_id, settings.data_dir)
-    server = create_server(settings.message_bytes_max * 4)  # parts of several clients' messages travel together
+    if not topology.secret:
+        raise TopologyError(
+            f"the topology at {settings.topology} was made by an older release and has no secret for the cluster's"
+            " parts to know each other by: start `topk up` on its data directory once, which gives it one"
+        )
+    server = create_server(
+        settings.message_bytes_max * 4,  # parts of several clients' messages travel together
+        access=AccessInterceptor(ClusterGate(topology.secret)),
+    )
     health = Health()
     await health.register(server)
     servers = [server]
-    address = await bind(server, settings.listen)
+    address = await bind(server, settings.listen, credentials=startup.credentials_of(settings, settings.tls_ca))
     if settings.health_port:
         health_server, _ = await start_health_server(health, settings.listen, settings.health_port)
         servers.append(health_server)
@@ -77,6 +78,7 @@ async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStor
         log.event(
             "ready", address=address, cluster=topology.cluster_id, songs=len(core.state.songs), position=core.position
         )
+        startup.tell_supervisor(settings, address)
         await _serve_until_stopped(settings, stop, owner, health, servers)
     except BaseException:
         await asyncio.gather(*(each.stop(None) for each in servers))

@@ -1,12 +1,12 @@
 """A topology as JSON.
 
-    {"format": 1, "cluster_id": "…", "epoch": 3,
+    {"format": 2, "cluster_id": "…", "epoch": 3, "secret": "…",
      "settings": {"slots": 1024, "partitioner": "ring", "resolution_ms": 1000},
      "shards": [{"shard_id": "shard-0", "address": "127.0.0.1:4711", "directory_id": "…"}, …],
      "owners": [0, 1, 1, …]}        the owner's index in shards, for each slot
 
-A reader knows every format up to its own. Members that it does not know are left aside: what must not be left aside
-raises the format.
+Format 1 had no secret. A reader knows every format up to its own. Members that it does not know are left aside: what
+must not be left aside raises the format.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Final
 from topk_grpc.errors import CorruptError, InvalidArgumentError, VersionError
 from topk_grpc.model import ClusterSettings, ShardInfo, Topology
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 
 def check(topology: Topology) -> None:
@@ -57,6 +57,7 @@ def encode(topology: Topology) -> bytes:
         "format": FORMAT,
         "cluster_id": topology.cluster_id,
         "epoch": topology.epoch,
+        "secret": topology.secret,
         "settings": dataclasses.asdict(topology.settings),
         "shards": [dataclasses.asdict(shard) for shard in topology.shards],
         "owners": topology.owners,
@@ -114,6 +115,7 @@ def decode(raw: bytes, where: str) -> Topology:
                 for shard in _take(members, "shards", list)
             ),
             owners=tuple(_take({"owners": owner}, "owners", int) for owner in _take(members, "owners", list)),
+            secret=_take(members, "secret", str, ""),
         )
         check(topology)
     except ValueError as error:  # InvalidArgumentError is one

@@ -3,7 +3,8 @@
 A writer takes an exclusive lock on PATH.lock (the file itself is replaced, a lock on it would stay with the old one),
 compares, and then
 
-1. writes PATH.new and fsyncs it      a crash here leaves PATH as it was; the next writer overwrites PATH.new
+1. writes PATH.new, which nobody else may read (it holds the cluster's secret), and fsyncs it
+                                      a crash here leaves PATH as it was; the next writer overwrites PATH.new
 2. renames it over PATH               readers see the old file or the new one, never a part
 3. fsyncs the directory               before this the change may be lost with the machine's power, and only then
 
@@ -158,7 +159,8 @@ class FileTopologyStore:
 
     def _replace(self, raw: bytes) -> None:
         new = self._beside(".new")
-        with new.open("wb") as file:
+        new.unlink(missing_ok=True)  # one left behind by a crash may be readable by others
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
