@@ -291,6 +291,43 @@ def delete_song(
     run(song, gateway, yes=yes, as_json=json)
 
 
+# --- Trust ------------------------------------------------------------------------------------------------------------
+
+DataDir = Annotated[Path, typer.Option(envvar="TOPK_DATA_DIR", help="Of a cluster of `topk up`, or of one shard.")]
+ShardIds = Annotated[
+    list[str] | None, typer.Option("--shard-id", metavar="SHARD", help="Only this shard; may be said more than once.")
+]
+TopologyUrl = Annotated[
+    str,
+    typer.Option(envvar="TOPK_TOPOLOGY", help="Where the topology is, for a shard that was not started by `topk up`."),
+]
+
+
+@app.command()
+def audit(
+    data_dir: DataDir,
+    shard_id: ShardIds = None,
+    repair_tail: Annotated[
+        bool,
+        typer.Option(
+            "--repair-tail",
+            help="Instead: cut the log where its last segment is damaged, keep what is cut off, and say what is lost. "
+            "Never while a process has the directory.",
+        ),
+    ] = False,
+    topology: TopologyUrl = "",
+    json: Json = False,
+) -> None:
+    """Count everything anew from snapshots and log, and compare it with what the shards serve, while they serve.
+
+    For a shard that is stopped: with what it would serve. Exit status 1 if anything differs.
+    """
+    from topk_grpc.cli.audit import Request, run, run_repair
+
+    request = Request(data_dir, shard_id or [], topology, json)
+    (run_repair if repair_tail else run)(request)
+
+
 # --- Show and measure -------------------------------------------------------------------------------------------------
 
 

@@ -187,6 +187,18 @@ class ShardCore:
         Raises:
             CorruptError, VersionError, ForeignDirectoryError: nothing was changed; the message says what to do.
         """
+        recovery = self.read()
+        self._log = recovery.open_log()
+        self._counted_position = self.position
+        self._recovery = recovery
+        return recovery.notes
+
+    def read(self) -> Recovery:
+        """Brings the state back, and changes nothing on disk.
+
+        Raises:
+            CorruptError, VersionError, ForeignDirectoryError: as for `recover`.
+        """
         recovery = recover(self._directory, self._settings.segment_bytes)
         if recovery.snapshot is not None:
             self._restore(recovery.snapshot)
@@ -198,10 +210,8 @@ class ShardCore:
                     f"the log record that ends at position {position} is whole but makes no sense: {error}",
                     str(self._directory.log_path),
                 ) from error
-        self._log = recovery.open_log()
-        self._counted_position = self.position
-        self._recovery = recovery
-        return recovery.notes
+            self._counted_position = position
+        return recovery
 
     def _restore(self, snapshot: Snapshot) -> None:
         columns = {block.block_id: block.columns for block in snapshot.blocks}
@@ -212,7 +222,7 @@ class ShardCore:
             self._cluster, self._settings.heap_size, snapshot.meta, snapshot.arrays, blocks
         )
         self.identity = Identity(**snapshot.meta[_IDENTITY]) if snapshot.meta[_IDENTITY] else None
-        self._snapshot_position = snapshot.position
+        self._snapshot_position = self._counted_position = snapshot.position
 
     def _replay(self, record_type: int, payload: memoryview) -> None:
         match record_type:

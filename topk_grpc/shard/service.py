@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 import grpc
 
 from topk_grpc.engine import query
+from topk_grpc.engine.account import Copied, copy_state
 from topk_grpc.engine.query import Scope, Totals
 from topk_grpc.errors import InvalidArgumentError, NotReadyError, WrongServerError
 from topk_grpc.model import Bounds
@@ -17,6 +18,7 @@ from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
 from topk_grpc.rpc import convert
 from topk_grpc.rpc.streams import messages
+from topk_grpc.shard.audit import serve_audit
 from topk_grpc.shard.core import Identity, ShardCore
 from topk_grpc.shard.owner import ShardOwner, now_ms
 
@@ -178,6 +180,16 @@ class ShardService(_Base):  # type: ignore[misc]
 
         # It looks through all cells, as a scan does; and two who ask at once are told of the same plays.
         return await self._owner.scan(("delete_song", song_id), answer)
+
+    async def Audit(self, request: pb.AuditRequest, context: Context) -> pb.AuditResponse:  # noqa: N802
+        """Digests of the state. Writes wait for a copy of what can change, not for the digests."""
+        self._check_addressee(context)
+
+        def answer(core: ShardCore) -> tuple[Copied, pb.Coverage]:
+            return copy_state(core.state), _coverage(core, query.totals(core.state, Scope()))
+
+        copied, coverage = await self._owner.scan("audit", answer)
+        return await asyncio.to_thread(serve_audit, copied, coverage, request)
 
     async def DescribeShard(self, request: pb.DescribeShardRequest, context: Context) -> pb.DescribeShardResponse:  # noqa: N802
         """The shard's load and position."""

@@ -88,6 +88,26 @@ class DataDirectory:
             raise StorageError(f"{path} cannot be used as a data directory: {error}") from error
         return cls(path, files, lock, directory_id, is_new=is_new)
 
+    @classmethod
+    def look(cls, path: Path, files: Files | None = None) -> DataDirectory:
+        """Looks at a directory that may be another process's, which goes on writing: nothing is held, nothing made.
+
+        Raises:
+            StorageError: there is none, or it cannot be read.
+            VersionError, CorruptError: as for `open`.
+        """
+        files = files or OsFiles()
+        try:
+            directory_id = _read_format(files, path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise StorageError(
+                f"{path} is no data directory of a shard: it has no {_FORMAT}. Name the directory of a shard, or the"
+                " one of a cluster of `topk up`"
+            ) from None
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read: {error}") from error
+        return cls(path, files, _Nothing(), directory_id, is_new=False)
+
     @property
     def log_path(self) -> Path:
         """Where the log is."""
@@ -106,6 +126,13 @@ class DataDirectory:
     def close(self) -> None:
         """Lets others have it. Whatever writes to it must have been closed before."""
         self._lock.close()
+
+
+class _Nothing:
+    """Nothing is held."""
+
+    def close(self) -> None:
+        pass
 
 
 def _make_directories(files: Files, path: Path) -> None:

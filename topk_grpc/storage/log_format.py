@@ -211,6 +211,25 @@ def decode_group(data: memoryview, offset: int, end: int, header: SegmentHeader)
     return Group(records, group_end)
 
 
+def whole_records(data: memoryview, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The records of a damaged group that are whole, as (type, start, end of the payload); it ends at or before `end`.
+
+    A damaged record whose length is right is passed over; behind a wrong length nothing can be told apart.
+    """
+    while offset + _RECORD.size <= end:
+        length = _RECORD.unpack_from(data, offset)[0]
+        try:
+            record_type, start, stop = _decode_record(data, offset, end)
+        except DamagedError:
+            if not length or offset + _RECORD.size + length > end:
+                return
+            offset += _RECORD.size + length
+            continue
+        if record_type != _GROUP_HEADER_TYPE:
+            yield record_type, start, stop
+        offset = stop
+
+
 def later_group_begins(data: memoryview, offset: int, header: SegmentHeader) -> int | None:
     """Where, behind the damaged group at `offset`, another one was begun; None if nowhere.
 

@@ -29,7 +29,10 @@ from topk_grpc.storage.log_format import (
 )
 from topk_grpc.storage.segments import segment_path
 
-ADVICE = "Nothing was changed. Restore this data directory from its last backup"
+ADVICE = "Nothing was changed. Restore this data directory from its last backup (topk restore)"
+TAIL_ADVICE = (
+    ADVICE + ", or cut the log there and lose what follows (topk audit --repair-tail says what that is, and keeps it)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,4 +154,6 @@ class Replay:
 
     def _stop(self, path: Path, reason: str, offset: int | None) -> NoReturn:
         at = "" if offset is None else f" at byte {offset}"
-        raise CorruptError(f"{path} is damaged{at}: {reason}. {ADVICE}", str(path), offset)
+        in_last = bool(self._segments) and path == segment_path(self._directory, self._segments[-1])
+        advice = TAIL_ADVICE if in_last else ADVICE
+        raise CorruptError(f"{path} is damaged{at}: {reason}. {advice}", str(path), offset)

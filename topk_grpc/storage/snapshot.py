@@ -122,6 +122,19 @@ class SnapshotStore:
                 break
         return loaded
 
+    def read(self, number: int) -> Snapshot:
+        """Reads one snapshot, every byte of it checked; for whoever only looks.
+
+        Raises:
+            DamagedFileError: it is not whole, or was deleted meanwhile.
+            VersionError: a newer release wrote it.
+        """
+        return self._read_snapshot(self._read_manifest(number))
+
+    def numbers(self) -> list[int]:
+        """The numbers of all snapshots, whole or not, ascending."""
+        return self._numbers()
+
     def kept_position(self) -> int:
         """The log before it is needed by none of the snapshots kept; 0 while there are fewer than two."""
         return self._kept[0].position if len(self._kept) == _KEPT else 0
