@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ def record(cluster: Cluster, sequence: int, plays: int = 200, producer: str = "p
     cluster.stub.RecordPlays(pb.RecordPlaysRequest(batch=batch), timeout=30, wait_for_ready=True)
 
 
+def ready_in(log: Path) -> Callable[[], bool]:
+    return lambda: '"ready"' in log.read_text()
+
+
 def audit(*arguments: str) -> tuple[int, dict[str, Any]]:
     done = run_topk("audit", "--json", *arguments)
     assert done.stdout, done.stderr
@@ -70,7 +74,8 @@ def test_a_cluster_is_audited_while_plays_arrive_and_snapshots_are_taken_and_whe
 ) -> None:
     for sequence in range(1, 150):
         record(cluster, sequence)
-    stop, sent = threading.Event(), []
+    stop = threading.Event()
+    sent: list[int] = []
 
     def go_on() -> None:
         while not stop.is_set():
@@ -120,9 +125,7 @@ def test_a_shard_whose_state_was_touched_is_found_out_and_the_song_is_named(clus
                     stdin=subprocess.DEVNULL, stdout=err, stderr=err, env=environment() | SETTINGS,
                 )  # fmt: skip
             servers.append(process)
-            wait_for(
-                lambda log=log: '"ready"' in log.with_suffix(".err").read_text(), READY_SECONDS, f"{shard_id} is ready"
-            )
+            wait_for(ready_in(log.with_suffix(".err")), READY_SECONDS, f"{shard_id} is ready")
         code, told = audit("--data-dir", str(cluster.data_dir))
         assert code == 1
         wrong = [shard for shard in told["shards"] if not shard["ok"]]

@@ -14,11 +14,13 @@ import typer
 
 from topk_grpc.cli.progress import Progress
 from topk_grpc.cli.shard_directories import ShardDirectories, address_of, find, is_in_use
-from topk_grpc.errors import TopKError
+from topk_grpc.config import GatewaySettings
+from topk_grpc.errors import TopKError, TopologyError
+from topk_grpc.gateway.channels import ShardChannels
+from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
-from topk_grpc.rpc.channels import open_channel
 from topk_grpc.rpc.status import from_rpc_error
-from topk_grpc.shard.audit import Report, Served, audit_live, audit_request, audit_stopped, served_of
+from topk_grpc.shard.audit import OnBytes, Report, Served, audit_live, audit_request, audit_stopped, served_of
 from topk_grpc.shard.losses import losses
 from topk_grpc.storage import DataDirectory
 from topk_grpc.storage.repair import Cut, repair_tail
@@ -35,6 +37,17 @@ class Request:
     shard_ids: Sequence[str]
     topology: str
     json: bool
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    plaintext: bool = False
+
+    def channels(self, topology: Topology) -> ShardChannels:
+        """The way to the cluster's shards, which is a gateway's."""
+        settings = GatewaySettings(
+            topology="-", tls_ca=self.tls_ca, tls_cert=self.tls_cert, tls_key=self.tls_key, plaintext=self.plaintext
+        )
+        return ShardChannels(settings, topology.cluster_id, topology.secret)
 
 
 def run(request: Request) -> None:
@@ -55,7 +68,7 @@ def run(request: Request) -> None:
                 bar.update(done, done, f"{done / max(total, 1):.0%} of the log")  # noqa: B023
 
             try:
-                report = _audit(found, shard_id, path, on_bytes)
+                report = _audit(request, found, shard_id, path, on_bytes)
             except TopKError as error:
                 failed = True
                 told.append({"shard_id": shard_id, "ok": False, "error": str(error)})
@@ -72,21 +85,26 @@ def run(request: Request) -> None:
         raise typer.Exit(1)
 
 
-def _audit(found: ShardDirectories, shard_id: str, path: Path, on_bytes: Any) -> Report:
+def _audit(request: Request, found: ShardDirectories, shard_id: str, path: Path, on_bytes: OnBytes) -> Report:
+    topology = found.topology
     if not is_in_use(path):
-        return audit_stopped(path, found.topology.settings if found.topology else None, on_bytes)
-    address = address_of(found.topology, shard_id, path)
+        return audit_stopped(path, topology.settings if topology else None, on_bytes)
+    if topology is None:
+        raise TopologyError(
+            f"a process has {path}, but where {shard_id} is reached stands in no topology: name --topology, and"
+            " --shard-id as it is called there"
+        )
+    channels, address = request.channels(topology), address_of(topology, shard_id)
 
     def ask(slots: Sequence[int]) -> Served:
-        return asyncio.run(_ask(found, shard_id, address, slots))
+        return asyncio.run(_ask(channels, address, shard_id, slots))
 
     return audit_live(path, ask, on_bytes)
 
 
-async def _ask(found: ShardDirectories, shard_id: str, address: str, slots: Sequence[int]) -> Served:
-    cluster_id = found.topology.cluster_id if found.topology else ""
-    metadata = (("topk-cluster-id", cluster_id), ("topk-shard-id", shard_id))
-    async with open_channel(address) as channel:
+async def _ask(channels: ShardChannels, address: str, shard_id: str, slots: Sequence[int]) -> Served:
+    async with channels.open(address) as channel:
+        metadata = channels.metadata(shard_id)
         try:
             answer = await ShardServiceStub(channel).Audit(audit_request(slots), timeout=_SECONDS, metadata=metadata)
         except grpc.aio.AioRpcError as error:

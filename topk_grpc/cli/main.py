@@ -304,7 +304,7 @@ TopologyUrl = Annotated[
 
 
 @app.command()
-def audit(
+def audit(  # noqa: PLR0917  # typer makes options of them
     data_dir: DataDir,
     shard_id: ShardIds = None,
     repair_tail: Annotated[
@@ -316,6 +316,19 @@ def audit(
         ),
     ] = False,
     topology: TopologyUrl = "",
+    tls_ca: Annotated[
+        str,
+        typer.Option(envvar="TOPK_TLS_CA", metavar="FILE", help="The CA of the cluster's certificates, if it has any."),
+    ] = "",
+    tls_cert: Annotated[
+        str,
+        typer.Option(envvar="TOPK_TLS_CERT", metavar="FILE", help="The certificate to show to shards, as a gateway's."),
+    ] = "",
+    tls_key: Annotated[str, typer.Option(envvar="TOPK_TLS_KEY", metavar="FILE", help="Its private key.")] = "",
+    plaintext: Annotated[
+        bool,
+        typer.Option("--plaintext", envvar="TOPK_PLAINTEXT", help="Also ask shards of other machines without TLS."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Count everything anew from snapshots and log, and compare it with what the shards serve, while they serve.
@@ -324,7 +337,7 @@ def audit(
     """
     from topk_grpc.cli.audit import Request, run, run_repair
 
-    request = Request(data_dir, shard_id or [], topology, json)
+    request = Request(data_dir, shard_id or [], topology, json, tls_ca, tls_cert, tls_key, plaintext)
     (run_repair if repair_tail else run)(request)
 
 

@@ -87,16 +87,16 @@ def is_in_use(path: Path) -> bool:
     return False
 
 
-def address_of(topology: Topology | None, shard_id: str, path: Path) -> str:
+def address_of(topology: Topology, shard_id: str) -> str:
     """Where a shard that runs is reached.
 
     Raises:
         TopologyError: nobody says where.
     """
-    info = topology.shard(shard_id) if topology is not None else None
+    info = topology.shard(shard_id)
     if info is None or not info.address:
+        known = ", ".join(shard.shard_id for shard in topology.shards)
         raise TopologyError(
-            f"a process has {path}, but where {shard_id} is reached stands in no topology: name --topology, and"
-            " --shard-id as it is called there"
+            f"where {shard_id} is reached does not stand in the topology, which knows {known}: --shard-id"
         )
     return info.address
