@@ -21,7 +21,9 @@ left, calls = int(sys.argv[2]), []
 
 def before(event, arguments=()):
     global left
-    if left is None or event not in {"open", "os.rename", "fcntl.flock", "fsync"}:
+    if left is None or event not in {"open", "os.rename", "os.remove", "fcntl.flock", "fsync"}:
+        return
+    if event == "open" and isinstance(arguments[0], int):  # a descriptor that is there gets a file object
         return
     if left == 0:
         os._exit(9)  # as after kill -9: nothing is flushed, nothing given back
