@@ -12,14 +12,16 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TEST_PROCESSES ?= 2
 SOAK_SECONDS ?= 600
+FUZZ_RUNS ?= 20000000
+FUZZ_BUILD := build/fuzz/.built
 
 # What an install depends on: an edited kernel or proto is built again.
 SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find protos -name '*.proto') $(wildcard topk_grpc/kernels/*.py)
 
-.PHONY: help install demo test soak lint bench docs clean
+.PHONY: help install demo test soak fuzz fuzz-build lint bench docs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Make .venv with the package, its extras and its tools
 
@@ -32,6 +34,11 @@ test: $(STAMP) ## Run the tests (PYTEST=… adds arguments)
 soak: $(STAMP) ## Compare windows of clusters under random traffic and kills with an oracle (SOAK_SECONDS=600 SEED=…)
 	@TOPK_SOAK_SECONDS=$(SOAK_SECONDS) $(if $(SEED),TOPK_SOAK_SEED=$(SEED)) $(BIN)/python -m pytest -s \
 		tests/cluster/test_windows.py tests/cli/test_windows_somafm.py $(PYTEST)
+
+fuzz: $(FUZZ_BUILD) ## Fuzz kernels and readers under sanitizers; goes on where it stopped (FUZZ_RUNS=20000000 FUZZ="--target wire …")
+	@$(BIN)/python -m tests.fuzz.run --runs $(FUZZ_RUNS) $(FUZZ)
+
+fuzz-build: $(FUZZ_BUILD) ## Compile the kernels for fuzzing, beside the usual ones (needs clang; CLANG=clang-16)
 
 lint: $(STAMP) ## Check style, types, import contracts and protos
 	$(BIN)/ruff check .
@@ -81,4 +88,15 @@ $(STAMP): $(SOURCES)
 	fi; \
 	$(PIP) install --editable '.[dev,ingest]'; \
 	$(BIN)/topk --version; \
+	touch $@
+
+# A build of its own: the installed kernels stay as they are.
+$(FUZZ_BUILD): $(wildcard topk_grpc/kernels/*.py) setup.py | $(STAMP)
+	@clang=$${CLANG:-$$(compgen -c clang- | grep -xE 'clang-[0-9]+' | sort -rV | head -1)}; clang=$${clang:-clang}; \
+	command -v $$clang >/dev/null || { echo "error: $$clang is missing: install clang and its runtime (Debian:" \
+		"apt-get install clang-16 libclang-rt-16-dev), or name another: make fuzz CLANG=/path/to/clang" >&2; exit 1; }; \
+	set -e -o pipefail; $(PIP) install 'atheris>=3.0'; \
+	echo "Compiling the kernels with $$clang, sanitizers and coverage; this takes a minute or two"; \
+	CLANG=$$clang TOPK_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/fuzz/lib \
+		--build-temp build/fuzz/objects 2>&1 | { grep -vE 'performance hint|Use boundscheck' || true; }; \
 	touch $@

@@ -2,7 +2,8 @@
 
 A kernel that does not compile fails the build, so that nobody runs the slow form without knowing. TOPK_NO_COMPILE=1
 asks for that form: the same results, hundreds of times slower. TOPK_BOUNDS_CHECKS=1 compiles with every array access
-checked.
+checked. TOPK_SANITIZE=1 compiles for fuzzing (`make fuzz-build`): array accesses checked, and with clang's address and
+undefined-behaviour sanitizers and its coverage counters; such kernels load only where these are preloaded.
 """
 
 import hashlib
@@ -32,7 +33,9 @@ def is_set(variable: str) -> bool:
 
 
 COMPILE = not is_set("TOPK_NO_COMPILE")
-BOUNDS_CHECKS = is_set("TOPK_BOUNDS_CHECKS")
+CLANG = os.environ.get("CLANG", "clang")
+SANITIZE = is_set("TOPK_SANITIZE")
+BOUNDS_CHECKS = SANITIZE or is_set("TOPK_BOUNDS_CHECKS")
 
 
 # --- Protobuf code ----------------------------------------------------------------------------------------------------
@@ -132,14 +135,14 @@ class BuildExt(build_ext):
 
         translated = cythonize(
             [Extension(extension.name, extension.sources) for extension in self.extensions],
-            build_dir="build/cython",
+            build_dir="build/cython-sanitized" if SANITIZE else "build/cython",
             force=True,  # time stamps know nothing of directives, nor of sources checked out with an older one
             compiler_directives={
                 "language_level": 3,
                 "boundscheck": BOUNDS_CHECKS,
                 "wraparound": False,
                 "cdivision": True,
-                "initializedcheck": False,
+                "initializedcheck": BOUNDS_CHECKS,
                 "annotation_typing": True,
             },
         )
@@ -162,6 +165,10 @@ def kernels() -> list[Extension]:
     if not COMPILE:
         return []
     flags = ["-O3", "-g0"]
+    if SANITIZE:
+        os.environ.update(CC=CLANG, LDSHARED=f"{CLANG} -shared")
+        sanitizers = "-fsanitize=fuzzer-no-link,address,undefined"
+        flags = ["-O2", "-gline-tables-only", "-fno-omit-frame-pointer", sanitizers, "-fno-sanitize-recover=all"]
     sources = sorted(KERNELS.glob("[!_]*.py"))
     return [Extension(f"topk_grpc.kernels.{path.stem}", [str(path)], extra_compile_args=flags) for path in sources]
 

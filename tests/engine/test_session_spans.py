@@ -91,6 +91,8 @@ class Standing:
 
     def restart(self, *, merged: bool) -> None:
         """Snapshot and recovery; what the state keeps in blocks is rolled up."""
+        if not len(self.state.boards[GLOBAL]):
+            return  # the songs are interned before they are played, which a shard never does
         meta, arrays = self.state.to_snapshot()
         blocks: dict[str, dict[int, object]] = {}
         for name, board in self.state.boards.items():

@@ -150,6 +150,11 @@ def read_request(request: bytes | memoryview) -> Request:
             raise InvalidArgumentError(
                 f"part {index} of the request has no producer_id or no sequence; gateways send checked batches only"
             )
+        if (columns.indexes[1:] <= columns.indexes[:-1]).any():
+            # The log names rejected plays by index: replay would take out all that share one.
+            raise InvalidArgumentError(
+                f"part {index} of the request: the indexes of its plays do not ascend; gateways send them so"
+            )
         hashes = hash_strings(request, columns.song_starts, columns.song_sizes)  # type: ignore[arg-type]
         parts.append(Part(columns, hashes, bool(columns.count) and int(columns.counts.min()) < 0))
     return Request(request, int(numbers[1]), parts)

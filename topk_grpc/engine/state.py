@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from topk_grpc.engine import soundness
 from topk_grpc.engine.boards import Board, global_songs
 from topk_grpc.engine.cells import ordered_cells
 from topk_grpc.engine.producers import Producers
@@ -209,7 +210,10 @@ class ShardState:
             blocks: for each board the columns of its blocks by number.
 
         Raises:
+            VersionError: another release wrote it.
             ForeignDirectoryError: the snapshot was taken in a cluster with other settings.
+            InvalidArgumentError: it contradicts itself.
+            KeyError, TypeError, ValueError: something is missing from it, or of another kind.
         """
         if meta["state_format"] != STATE_FORMAT:
             raise VersionError(
@@ -221,31 +225,43 @@ class ShardState:
         def part(prefix: str) -> dict[str, NDArray[np.generic]]:
             return {name.partition(".")[2]: array for name, array in arrays.items() if name.partition(".")[0] == prefix}
 
+        tiers = parse_tiers(meta["tiers"], settings.resolution_ms)
+        standing = [parse_window(text) for text in meta["standing_windows"]]
+        soundness.check_times(meta, len(tiers))
+        soundness.check_standing(standing, settings.resolution_ms)
+        soundness.check_producers(meta["producers"])
+        soundness.check_marks(part("marks"))
+        songs, charts = soundness.check_strings(part("songs"), "songs"), soundness.check_charts(part("names"))
+        entries = {GLOBAL: songs, CHARTS: soundness.check_pairs(part("pairs"), charts, songs)}
+
         state = cls(settings, heap_size)
         state.songs = StringTable.from_arrays(part("songs"))
         state.charts = StringTable.from_arrays(part("names"))
         state.pairs = PairTable.from_arrays(part("pairs"))
         state.producers = Producers.from_snapshot(meta["producers"], part("marks"))
         for name, board in state.boards.items():
-            charts = state.pairs.charts if name == CHARTS else global_songs()
-            board.restore(part(name), state.songs_of(name), charts, state.songs)
+            entry_charts = state.pairs.charts if name == CHARTS else global_songs()
+            soundness.check_board(part(name), name, entry_charts, entries[name], charts)
+            board.restore(part(name), state.songs_of(name), entry_charts, state.songs)
+            for number, cells in blocks.get(name, {}).items():
+                soundness.check_block(cells, f"block {number}", entries[name])
             board.cells.restore_blocks(
                 {number: ordered_cells(columns) for number, columns in blocks.get(name, {}).items()},
-                {int(number): done for number, done in meta["blocks_rolled_up"][name].items()},
+                soundness.borders_by_block(meta["blocks_rolled_up"][name]),
             )
-        standing = [parse_window(text) for text in meta["standing_windows"]]
-        state.tiers = Tiers(parse_tiers(meta["tiers"], settings.resolution_ms), standing, meta["tier_floors"])
+        state.tiers = Tiers(tiers, standing, meta["tier_floors"])
         state.standing.set(standing)
         state.newest_event_ms = meta["newest_event_ms"]
         state.oldest_event_ms = meta["oldest_event_ms"]
         columns = part("sessions")
         for index, told in enumerate(meta["sessions"]):
             board = state.boards[told["board"]]
+            soundness.check_sessions(told["span"], columns.get(f"{index}"), entries[told["board"]])
             board.restore_sessions(
                 board.sessions[parse_window(told["window"])],
                 told["span"],
                 columns[f"{index}"],  # type: ignore[arg-type]
             )
         state._look_back()
-        state.own(meta["owned"])
+        state.own(soundness.integer(slot, 0, settings.slots - 1, "an owned slot") for slot in meta["owned"])
         return state

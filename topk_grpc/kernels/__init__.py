@@ -26,8 +26,12 @@ def compiled() -> bool:
     return spec is not None and spec.origin is not None and not spec.origin.endswith(".py")
 
 
-def check_current(directory: Path = _HERE) -> None:
+def check_current(directory: Path = _HERE, sources: Path | None = None) -> None:
     """Compares the sources of compiled kernels with what they were compiled from.
+
+    Args:
+        directory: where the compiled kernels are.
+        sources: where the sources are, if not beside them.
 
     Raises:
         StaleKernelError: a compiled kernel stands beside another source, or nobody recorded what it was made from.
@@ -38,12 +42,29 @@ def check_current(directory: Path = _HERE) -> None:
     record = directory / "_build_info.json"
     hashes = json.loads(record.read_text()) if record.exists() else {}
     for name in sorted(built):
-        source = directory / f"{name}.py"
+        source = (sources or directory) / f"{name}.py"
         if not source.exists() or hashes.get(name) != hashlib.sha256(source.read_bytes()).hexdigest():
             raise StaleKernelError(
                 f"the compiled kernel {name} in {directory} was not made from {source.name} as it stands there: "
                 "build again with `pip install -e .` (`make install`), or delete the .so files to run uncompiled"
             )
+
+
+def use_build(directory: Path) -> None:
+    """Takes the compiled kernels from a build of its own, such as the sanitized one that fuzzing runs.
+
+    To be called before any kernel is imported.
+
+    Args:
+        directory: of the compiled kernels and their `_build_info.json`.
+
+    Raises:
+        StaleKernelError: there are none, or they were compiled from other sources than those that stand here.
+    """
+    if not list(directory.glob("*.so")):
+        raise StaleKernelError(f"there are no compiled kernels in {directory}: build them there first")
+    check_current(directory, _HERE)
+    __path__.insert(0, str(directory))
 
 
 check_current()

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from topk_grpc.config import ShardSettings
@@ -35,6 +35,7 @@ from topk_grpc.engine.admission import Admission, Limits, admit, read_request
 from topk_grpc.engine.apply import apply, replay
 from topk_grpc.engine.cells import Cells, Merge, choose_merges, ordered_cells
 from topk_grpc.engine.deletion import Deleted, delete, owns, plays_of
+from topk_grpc.engine.soundness import check_standing
 from topk_grpc.engine.state import ShardState, check_settings
 from topk_grpc.engine.tiers import RollUp, Tier, parse_tiers
 from topk_grpc.engine.windows import bounds_of
@@ -48,7 +49,7 @@ from topk_grpc.errors import (
 )
 from topk_grpc.model import Bounds, ClusterSettings, GlobalWindow, RangeWindow, SessionWindow, Window, parse_window
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
-from topk_grpc.storage import Block, DataDirectory, Files, Log, Recovery, Snapshot, recover
+from topk_grpc.storage import ADVICE, Block, DataDirectory, Files, Log, Recovery, Snapshot, recover
 
 APPEND: Final = 1
 OWNED: Final = 2
@@ -64,6 +65,8 @@ _CLOCKS_APART_MS: Final = 60_000
 _SESSIONS_BEHIND_MS: Final = 2_000
 """Sessions only move on: left to themselves they stay a little behind, where slower clocks still ask for them."""
 _REPLAY_STEP_MS: Final = 60_000
+_SENSELESS: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, DecodeError)
+"""What reading bytes that are whole, and make no sense, may raise; `InvalidArgumentError` is a ValueError."""
 _BLOCKS: Final = "blocks"
 _ROLLED_UP: Final = "blocks_rolled_up"
 _IDENTITY: Final = "identity"
@@ -203,26 +206,38 @@ class ShardCore:
         if recovery.snapshot is not None:
             self._restore(recovery.snapshot)
         for record_type, payload, position in recovery.records():
-            try:
-                self._replay(record_type, payload)
-            except InvalidArgumentError as error:
-                raise CorruptError(
-                    f"the log record that ends at position {position} is whole but makes no sense: {error}",
-                    str(self._directory.log_path),
-                ) from error
+            self._replay_record(record_type, payload, position)
             self._counted_position = position
         return recovery
 
     def _restore(self, snapshot: Snapshot) -> None:
         columns = {block.block_id: block.columns for block in snapshot.blocks}
-        blocks = {
-            board: {number: columns[number] for number in numbers} for board, numbers in snapshot.meta[_BLOCKS].items()
-        }
-        self.state = ShardState.from_snapshot(
-            self._cluster, self._settings.heap_size, snapshot.meta, snapshot.arrays, blocks
-        )
-        self.identity = Identity(**snapshot.meta[_IDENTITY]) if snapshot.meta[_IDENTITY] else None
+        meta = snapshot.meta
+        try:
+            blocks = {
+                board: {number: columns[number] for number in numbers} for board, numbers in meta[_BLOCKS].items()
+            }
+            self.state = ShardState.from_snapshot(
+                self._cluster, self._settings.heap_size, meta, snapshot.arrays, blocks
+            )
+            self.identity = Identity(**meta[_IDENTITY]) if meta[_IDENTITY] else None
+        except _SENSELESS as error:
+            raise CorruptError(
+                f"{self._directory.snapshots_path}: the newest snapshot is as it was written, but makes no sense"
+                f" ({_told(error)}). {ADVICE}",
+                str(self._directory.snapshots_path),
+            ) from error
         self._snapshot_position = self._counted_position = snapshot.position
+
+    def _replay_record(self, record_type: int, payload: memoryview, position: int) -> None:
+        """Does again what a record did; `position` is where it ends."""
+        try:
+            self._replay(record_type, payload)
+        except _SENSELESS as error:
+            raise CorruptError(
+                f"the log record that ends at position {position} is whole but makes no sense: {_told(error)}",
+                str(self._directory.log_path),
+            ) from error
 
     def _replay(self, record_type: int, payload: memoryview) -> None:
         match record_type:
@@ -242,7 +257,9 @@ class ShardCore:
             case 5:
                 told = pb.SettingsRecord.FromString(bytes(payload))
                 tiers = parse_tiers(told.tiers, self._cluster.resolution_ms)
-                self.state.configure(tiers, [parse_window(text) for text in told.standing_windows])
+                windows = [parse_window(text) for text in told.standing_windows]
+                check_standing(windows, self._cluster.resolution_ms)
+                self.state.configure(tiers, windows)
             case _:
                 raise InvalidArgumentError(f"its type is {record_type}, which this release does not know")
 
@@ -542,6 +559,11 @@ class ShardCore:
         if self._log is not None:
             self._log.close()
         self._directory.close()
+
+
+def _told(error: Exception) -> str:
+    """What an error says, also one of Python's own."""
+    return str(error) if isinstance(error, InvalidArgumentError) else f"{type(error).__name__}: {error}"
 
 
 def _block_number(position: int, board: str, index: int) -> int:

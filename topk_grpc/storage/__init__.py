@@ -7,6 +7,18 @@ from topk_grpc.storage.directory import DataDirectory
 from topk_grpc.storage.files import Files, OsFiles
 from topk_grpc.storage.log import Log
 from topk_grpc.storage.recovery import Recovery, recover
+from topk_grpc.storage.replay import ADVICE
 from topk_grpc.storage.snapshot import Block, Snapshot, SnapshotStore
 
-__all__ = ["Block", "DataDirectory", "Files", "Log", "OsFiles", "Recovery", "Snapshot", "SnapshotStore", "recover"]
+__all__ = [
+    "ADVICE",
+    "Block",
+    "DataDirectory",
+    "Files",
+    "Log",
+    "OsFiles",
+    "Recovery",
+    "Snapshot",
+    "SnapshotStore",
+    "recover",
+]

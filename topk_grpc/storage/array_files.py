@@ -7,6 +7,8 @@ way to the disk, and checked against all bytes of the file before any is used.
 from __future__ import annotations
 
 import io
+import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,17 +134,52 @@ def read_sealed(files: Files, path: Path, seal: Seal) -> memoryview:
     return data
 
 
-def read_column(data: memoryview) -> Array:
-    """The array of a `.npy` file, as a read-only view of these bytes."""
+def read_column(data: memoryview, path: Path) -> Array:
+    """The array of a `.npy` file, as a read-only view of these bytes.
+
+    Raises:
+        DamagedFileError: they are none.
+    """
+    try:
+        return _view(data)
+    except Exception as error:  # numpy promises nothing about what it raises
+        raise DamagedFileError(path, f"holds no array ({type(error).__name__}: {error})") from error
+
+
+def _view(data: memoryview) -> Array:
     source = _Source(data)
     version = np.lib.format.read_magic(source)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
     shape, fortran_order, dtype = read_header(source)
     flat: Array = np.frombuffer(data, dtype, offset=source.tell())
+    if min(shape, default=0) < 0 or dtype.subdtype is not None:
+        # reshape would take -1 for "as many as there are"; an array within each element changes the shape, too.
+        raise ValueError(f"its shape is {shape} of {dtype}")
     return flat.reshape(shape, order="F" if fortran_order else "C")
 
 
-def read_arrays(data: memoryview) -> dict[str, Array]:
-    """The arrays of an `.npz` file, copied into memory of their own."""
-    with np.load(io.BufferedReader(_Source(data)), allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+def read_arrays(data: memoryview, path: Path) -> dict[str, Array]:
+    """The arrays of an `.npz` file, copied into memory of their own: never more than the file has bytes.
+
+    Raises:
+        DamagedFileError: it is no such file, or compressed, as none of ours is.
+    """
+    try:
+        with zipfile.ZipFile(io.BufferedReader(_Source(data))) as archive:
+            members = archive.infolist()
+        return {member.filename.removesuffix(".npy"): _view(_stored(data, member)).copy() for member in members}
+    except Exception as error:  # as above
+        raise DamagedFileError(path, f"holds no arrays ({type(error).__name__}: {error})") from error
+
+
+_LOCAL_HEADER: Final = struct.Struct("<26xHH")
+"""Of a file in a zip archive: how long its name and its extra field are; both, then the content, follow."""
+
+
+def _stored(data: memoryview, member: zipfile.ZipInfo) -> memoryview:
+    """The content of a file in a zip archive; its CRC-32 is left alone, since the archive has a seal."""
+    name_size, extra_size = _LOCAL_HEADER.unpack_from(data, member.header_offset)
+    start = member.header_offset + _LOCAL_HEADER.size + name_size + extra_size
+    if member.compress_type != zipfile.ZIP_STORED or start + member.file_size > len(data):
+        raise ValueError(f"{member.filename} is compressed, or cut off")
+    return data[start : start + member.file_size]

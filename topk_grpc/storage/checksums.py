@@ -34,10 +34,13 @@ def encode_self_checked(content: dict[str, Any]) -> bytes:
 
 
 def decode_self_checked(data: bytes) -> dict[str, Any] | None:
-    """The content that `encode_self_checked` was given, or None if a byte of it is not as it was."""
+    """The content that `encode_self_checked` was given, or None if a byte of it is not as it was, or it is no JSON."""
     start = _SELF_CHECKED.match(data)
     if start is None or int(start[1], 16) != crc32c(data[start.end() :]):
         return None
-    content: dict[str, Any] = json.loads(data)
+    try:
+        content: dict[str, Any] = json.loads(data)
+    except (ValueError, RecursionError):  # a right checksum of something else
+        return None
     del content["crc32c"]
     return content

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import uuid
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,7 @@ from topk_grpc.storage.segments import TEMPORARY, make_segment, segment_path
 VERSION: Final = 1
 _FORMAT: Final = "FORMAT"
 _LOCK: Final = "LOCK"
+_DIRECTORY_ID: Final = re.compile("[0-9a-f]{32}")
 _FOLDERS: Final = ("blocks", "log", "snapshots")
 _IGNORED: Final = frozenset({_LOCK, _FORMAT + TEMPORARY, "lost+found", *_FOLDERS})
 
@@ -212,17 +214,18 @@ def _check_unused(files: Files, path: Path) -> None:
 def _read_format(files: Files, path: Path) -> str:
     data = bytes(files.map(path / _FORMAT))
     # The version is believed before the checksum: a newer one may check itself in another way.
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         version = json.loads(data)["format"]
         if version > VERSION:
             raise VersionError(
                 f"{path} has data format {version}, while this release reads up to {VERSION}: start the release that"
                 " wrote it, or a newer one"
             )
-    content = decode_self_checked(data)
-    if content is None:
+    content = decode_self_checked(data) or {}
+    directory_id = content.get("directory_id")
+    if not isinstance(directory_id, str) or not _DIRECTORY_ID.fullmatch(directory_id):
         raise CorruptError(
             f"{path / _FORMAT} is damaged. Nothing was changed. Restore it from a backup of this directory",
             str(path / _FORMAT),
         )
-    return str(content["directory_id"])
+    return directory_id

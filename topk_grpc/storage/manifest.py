@@ -5,6 +5,7 @@ One line of JSON, drawn in docs/formats/snapshot.md. Its own checksum covers all
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from topk_grpc.storage.checksums import decode_self_checked, encode_self_checked
 VERSION: Final = 1
 NAME: Final = "manifest.json"
 ARRAYS_NAME: Final = "arrays.npz"
+COLUMN: Final = re.compile(r"[a-z][a-z0-9_]*")
+"""The name of a column."""
 
 BlockSeals = Mapping[int, Mapping[str, Seal]]
 """The columns of each block, by block id and column name."""
@@ -75,27 +78,35 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
     """Reads manifest.json.
 
     Raises:
-        DamagedFileError: a byte of it is not as it was written.
+        DamagedFileError: a byte of it is not as it was written, or it is no manifest.
         VersionError: a newer release wrote it.
     """
     content = decode_self_checked(data)
     if content is None:
         raise DamagedFileError(path, "has another checksum than when it was written")
-    if content["format"] > VERSION:
-        raise VersionError(
-            f"{path} has snapshot format {content['format']}, while this release reads up to {VERSION}: start the"
-            " release that wrote it, or a newer one"
+    try:
+        version = _natural(content["format"])
+        if version > VERSION:
+            raise VersionError(
+                f"{path} has snapshot format {version}, while this release reads up to {VERSION}: start the release"
+                " that wrote it, or a newer one"
+            )
+        return Manifest(
+            number=_natural(content["number"]),
+            position=_natural(content["position"]),
+            meta=dict(content["meta"].items()),
+            arrays=_decode_seal(content["arrays"]),
+            blocks={
+                _natural(block["block_id"]): {
+                    _column(name): _decode_seal(seal) for name, seal in block["columns"].items()
+                }
+                for block in content["blocks"]
+            },
         )
-    return Manifest(
-        number=content["number"],
-        position=content["position"],
-        meta=content["meta"],
-        arrays=_decode_seal(content["arrays"]),
-        blocks={
-            block["block_id"]: {name: _decode_seal(seal) for name, seal in block["columns"].items()}
-            for block in content["blocks"]
-        },
-    )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFileError(
+            path, f"is as it was written, but no manifest ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _encode_seal(seal: Seal) -> dict[str, Any]:
@@ -103,4 +114,17 @@ def _encode_seal(seal: Seal) -> dict[str, Any]:
 
 
 def _decode_seal(content: Mapping[str, Any]) -> Seal:
-    return Seal(content["bytes"], int(content["crc32c"], 16))
+    return Seal(_natural(content["bytes"]), int(content["crc32c"], 16))
+
+
+def _natural(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ValueError(f"{str(value)[:40]!r} is no number of anything")
+    return value
+
+
+def _column(name: str) -> str:
+    """The name of a column, which becomes part of a file's."""
+    if not COLUMN.fullmatch(name):
+        raise ValueError(f"{name[:40]!r} is no name of a column")
+    return name

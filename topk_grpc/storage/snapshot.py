@@ -37,6 +37,7 @@ from topk_grpc.storage.directory import DataDirectory
 from topk_grpc.storage.files import is_no_space, is_unreadable
 from topk_grpc.storage.manifest import (
     ARRAYS_NAME,
+    COLUMN,
     NAME,
     Manifest,
     block_name,
@@ -46,7 +47,6 @@ from topk_grpc.storage.manifest import (
 from topk_grpc.storage.segments import TEMPORARY
 
 _KEPT: Final = 2
-_COLUMN: Final = re.compile(r"[a-z][a-z0-9_]*")
 _ARRAY: Final = re.compile(r"(?!(?:file|allow_pickle)$)[A-Za-z0-9_.-]+")
 
 
@@ -155,18 +155,26 @@ class SnapshotStore:
             if not is_unreadable(error):
                 raise
             raise DamagedFileError(path, f"cannot be read ({error.strerror})") from error
-        return decode_manifest(bytes(data), path)
+        manifest = decode_manifest(bytes(data), path)
+        if manifest.number != number:
+            raise DamagedFileError(path, f"is that of snapshot {manifest.number}")
+        return manifest
 
     def _read_snapshot(self, manifest: Manifest) -> Snapshot:
-        arrays = read_sealed(self._files, self._directory(manifest.number) / ARRAYS_NAME, manifest.arrays)
+        path = self._directory(manifest.number) / ARRAYS_NAME
+        arrays = read_arrays(read_sealed(self._files, path, manifest.arrays), path)
         blocks = [self._read_block(block_id, columns) for block_id, columns in manifest.blocks.items()]
         self._mapped = {block.block_id: block for block in blocks}
-        return Snapshot(manifest.position, manifest.meta, read_arrays(arrays), tuple(blocks))
+        return Snapshot(manifest.position, manifest.meta, arrays, tuple(blocks))
 
     def _read_block(self, block_id: int, columns: Mapping[str, Seal]) -> Block:
         paths = {column: self._blocks_path / block_name(block_id, column) for column in columns}
         return Block(
-            block_id, {name: read_column(read_sealed(self._files, paths[name], seal)) for name, seal in columns.items()}
+            block_id,
+            {
+                name: read_column(read_sealed(self._files, paths[name], seal), paths[name])
+                for name, seal in columns.items()
+            },
         )
 
     # --- Writing --------------------------------------------------------------------------------------------------
@@ -241,7 +249,7 @@ class SnapshotStore:
         for name, array in block.columns.items():
             path = self._blocks_path / block_name(block.block_id, name)
             seals[name] = write_column(self._files, path, array)
-            columns[name] = read_column(self._files.map(path))
+            columns[name] = read_column(self._files.map(path), path)
         return seals, Block(block.block_id, columns)
 
     def _prune(self) -> None:
@@ -269,7 +277,7 @@ class SnapshotStore:
 def _check(snapshot: Snapshot) -> None:
     """Refuses what could not be read again."""
     arrays = [(name, _ARRAY, array) for name, array in snapshot.arrays.items()]
-    arrays += [(name, _COLUMN, array) for block in snapshot.blocks for name, array in block.columns.items()]
+    arrays += [(name, COLUMN, array) for block in snapshot.blocks for name, array in block.columns.items()]
     for name, pattern, array in arrays:
         if not pattern.fullmatch(name) or array.dtype.hasobject:
             raise ValueError(f"array {name!r} of {array.dtype}: not a name, or a dtype, that a snapshot can hold")

@@ -88,7 +88,7 @@ def decode(raw: bytes, where: str) -> Topology:
     try:
         members = json.loads(raw)
         written = _take(members, "format", int)
-    except ValueError as error:  # covers malformed JSON and malformed UTF-8
+    except (ValueError, RecursionError) as error:  # covers malformed JSON, also too deep, and malformed UTF-8
         raise _damaged(where, error) from error
     if written > FORMAT:
         raise VersionError(
