@@ -111,11 +111,15 @@ def test_every_setting_is_tunable_or_owned_by_up() -> None:
 
 
 def test_docs_name_every_command() -> None:
-    from topk_grpc.cli.main import app, cluster_app
+    from topk_grpc.cli.main import app, cluster_app, token_app
 
     def names(group: typer.Typer) -> list[str]:
         return [command.name or command.callback.__name__ for command in group.registered_commands if command.callback]
 
     text = (ROOT / "docs" / "cli.md").read_text()
-    for command in [*names(app), *(f"cluster {name}" for name in names(cluster_app))]:
+    for command in [
+        *names(app),
+        *(f"cluster {name}" for name in names(cluster_app)),
+        *(f"token {name}" for name in names(token_app)),
+    ]:
         assert f"| `topk {command}` |" in text

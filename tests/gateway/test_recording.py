@@ -501,10 +501,10 @@ async def test_a_shard_that_is_down_holds_back_streams_within_bounds(cluster: Cl
     begun = 0
     begin = gateway.recorder.begin
 
-    async def counted_begin(raw: bytes) -> Any:
+    async def counted_begin(raw: bytes, leave: asyncio.Event | None = None) -> Any:
         nonlocal begun
         begun += 1
-        return await begin(raw)
+        return await begin(raw, leave)
 
     gateway.recorder.begin = counted_begin  # type: ignore[method-assign]
 

@@ -30,6 +30,8 @@ app: Final = typer.Typer(
 )
 cluster_app: Final = typer.Typer(help="The cluster itself.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
+token_app: Final = typer.Typer(help="Tokens, which clients show to gateways.", no_args_is_help=True)
+app.add_typer(token_app, name="token")
 
 UNREACHED: Final = Reach()  # stands in the signatures; `with_reach` gives the real one
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
@@ -339,6 +341,29 @@ def audit(  # noqa: PLR0917  # typer makes options of them
 
     request = Request(data_dir, shard_id or [], topology, json, tls_ca, tls_cert, tls_key, plaintext)
     (run_repair if repair_tail else run)(request)
+
+
+@token_app.command("new")
+def token_new(
+    name: Annotated[str, typer.Option(help="Whose it is, for the log: letters, digits and any of . _ @ -")],
+    role: Annotated[
+        list[str], typer.Option(metavar="ingest|query|admin", help="What it may do; several may be given.")
+    ],
+    expires: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Until when: ISO 8601, no offset: UTC. Default: for good.")
+    ] = None,
+    plays_per_second: Annotated[
+        float | None, typer.Option(min=0, help="What it may send through one gateway. Default: as much as it likes.")
+    ] = None,
+    append_to: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Put its entry into this tokens file, made if it does not exist."),
+    ] = None,
+) -> None:
+    """Make a token: printed once, kept nowhere. The entry for --tokens-file, which holds its hash, goes to stderr."""
+    from topk_grpc.cli.token import new
+
+    new(name, role, expires, plays_per_second, append_to)
 
 
 # --- Show and measure -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import DeadlineError, InvalidArgumentError, ProducerExpiredError
 from topk_grpc.gateway.link import Part, ShardLink
+from topk_grpc.gateway.rates import RateLimits
 from topk_grpc.gateway.rejects import SHARD_REASONS, reject_messages
 from topk_grpc.gateway.routing import Routing, RoutingWatch
 from topk_grpc.kernels.encode import batch_header
@@ -27,6 +28,7 @@ from topk_grpc.kernels.wire import REASONS, PlayColumns, decode_batch, message_s
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1.play_pb2 import RejectedPlay
+from topk_grpc.rpc.access import caller
 
 PRODUCER_ID_BYTES_MAX = 128
 _REROUTE_SECONDS = 0.02
@@ -41,6 +43,7 @@ class _Batch:
         header: the ShardBatch's fields 1 to 3.
         plays: how many it has.
         sequence: its number.
+        producer_id: whose it is.
         rejects: reason by index, so far.
         duplicate: whether any part had been counted by an earlier send.
     """
@@ -49,6 +52,7 @@ class _Batch:
     header: bytes
     plays: int
     sequence: int
+    producer_id: bytes
     rejects: dict[int, str] = field(default_factory=dict)
     duplicate: bool = False
 
@@ -68,17 +72,30 @@ class Recorder:
         self._links = links
         self._messages = reject_messages(settings)
         self._turn = asyncio.Lock()
+        self._rates = RateLimits(settings)
 
     async def record(self, raw: bytes) -> bytes:
-        """Takes a StreamPlaysRequest or RecordPlaysRequest; returns its acknowledgement's bytes when it is durable."""
-        return await (await self.begin(raw))
+        """Takes a StreamPlaysRequest or RecordPlaysRequest; returns its acknowledgement's bytes when it is durable.
 
-    async def begin(self, raw: bytes) -> Coroutine[Any, Any, bytes]:
+        Raises:
+            TopKError: as `begin`.
+            RateLimitedError: the producer or the token sends too much.
+        """
+        begun = await self.begin(raw)
+        if begun is None:
+            raise AssertionError("only a stream can end before its batch")
+        return await begun
+
+    async def begin(self, raw: bytes, leave: asyncio.Event | None = None) -> Coroutine[Any, Any, bytes] | None:
         """Checks a batch and queues its parts; waits only while a shard is too far behind.
+
+        Args:
+            raw: the request.
+            leave: given for a stream, set when that has to end: a batch over its rate then waits, else it is refused.
 
         Returns:
             What to await for the acknowledgement: the bytes of a StreamPlaysResponse, which are those of a
-                RecordPlaysResponse.
+                RecordPlaysResponse. None: the stream has to end before the batch may pass.
 
         Raises:
             InvalidArgumentError: the batch as a whole is wrong.
@@ -86,11 +103,19 @@ class Recorder:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.record_seconds
+        who = caller.get()
         async with self._turn:
             # One batch in each round of the event loop: a query waits for one, not for one of every stream.
             await asyncio.sleep(0)
             columns, batch = self._read(raw)
-            return await self._begin(columns, batch, deadline)
+            if not self._rates.concern(who):
+                return await self._begin(columns, batch, deadline)
+        if leave is None:
+            self._rates.take(batch.producer_id, who, batch.plays)
+        elif not await self._rates.wait(batch.producer_id, who, batch.plays, leave):
+            return None
+        async with self._turn:
+            return await self._begin(columns, batch, loop.time() + self._settings.record_seconds)
 
     async def _begin(self, columns: PlayColumns, batch: _Batch, deadline: float) -> Coroutine[Any, Any, bytes]:
         for index in np.flatnonzero(columns.reasons).tolist():
@@ -129,7 +154,7 @@ class Recorder:
                 f"first_sent_ms is {columns.first_sent_ms}: give milliseconds since the Unix epoch, or leave it out"
             )
         header = batch_header(producer_id, columns.sequence, columns.first_sent_ms)
-        return columns, _Batch(raw, header, columns.count, columns.sequence)
+        return columns, _Batch(raw, header, columns.count, columns.sequence, producer_id)
 
     async def _send(
         self, batch: _Batch, columns: PlayColumns, routing: Routing, owners: NDArray[np.int32], deadline: float

@@ -81,7 +81,10 @@ class TopKService(_Base):  # type: ignore[misc]
                 async with aclosing(messages(requests, leave)) as incoming:
                     async for raw in incoming:
                         await room.acquire()
-                        await acks.put(asyncio.create_task(await self._recorder.begin(raw)))
+                        begun = await self._recorder.begin(raw, leave)
+                        if begun is None:
+                            break  # its client sends it again
+                        await acks.put(asyncio.create_task(begun))
             finally:
                 await acks.put(None)
 

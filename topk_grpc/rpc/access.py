@@ -105,7 +105,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._log = LimitedLog("call_refused")
+        self._log = LimitedLog("caller_refused")
         self._streams: set[_Stream] = set()
 
     async def intercept_service(
