@@ -18,10 +18,10 @@ FUZZ_BUILD := build/fuzz/.built
 # What an install depends on: an edited kernel or proto is built again.
 SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find protos -name '*.proto') $(wildcard topk_grpc/kernels/*.py)
 
-.PHONY: help install demo test soak fuzz fuzz-build lint bench docs clean
+.PHONY: help install demo test soak fuzz fuzz-build lint bench docs audit-dependencies clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Make .venv with the package, its extras and its tools
 
@@ -52,6 +52,13 @@ bench: $(STAMP) ## Measure throughput, latency and memory, beside a bare relay a
 
 docs: $(STAMP) ## Write docs/settings.md anew
 	@$(BIN)/python -m topk_grpc.cli.settings > docs/settings.md
+
+audit-dependencies: $(STAMP) ## Ask PyPI's vulnerability database about every installed package (needs the network)
+	@if $(BIN)/python .ci/audit_reachable.py; then \
+		$(PIP) install pip-audit && $(BIN)/pip-audit --skip-editable --progress-spinner off; \
+	else \
+		echo "not audited: the vulnerability database cannot be reached from here"; \
+	fi
 
 clean: ## Remove .venv and everything that was built or generated
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,30 @@
+"""docs/metrics.md against the table of metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from topk_grpc.metrics import REGISTRY, TABLE
+
+PAGE = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+
+
+def rows() -> str:
+    return "".join(
+        f"| `{row.name}` | {row.kind} | {row.unit} | {', '.join(f'`{label}`' for label in row.labels)} | {row.help} |\n"
+        for row in TABLE
+    )
+
+
+def test_docs_name_every_metric() -> None:
+    head = "| metric | kind | unit | labels | what it says |\n|---|---|---|---|---|\n"
+    table = PAGE.partition("<!-- metrics: begin -->\n\n")[2].partition("\n<!-- metrics: end -->")[0]
+    assert table == head + rows()
+
+
+def test_names_are_as_prometheus_wants_them() -> None:
+    known = {name for family in REGISTRY.collect() for name in (family.name, f"{family.name}_total")}
+    for row in TABLE:
+        assert row.name.startswith("topk_")
+        assert row.name in known
+        assert row.name.endswith("_total") == (row.kind == "counter")
