@@ -88,9 +88,9 @@ class SimulatedDisk:
         self._reading("map", path)
         return memoryview(bytes(self._inode(path).content))
 
-    def create(self, path: Path) -> WritableFile:
+    def create(self, path: Path, *, private: bool = False) -> WritableFile:
         self.step("create", path)
-        inode = Inode(path)
+        inode = Inode(path, private=private)
         parent = self._directory(path.parent)
         parent.change({**parent.entries, path.name: inode})
         return SimulatedFile(self, inode)

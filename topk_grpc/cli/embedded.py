@@ -30,9 +30,11 @@ from topk_grpc.errors import (
     ForeignDirectoryError,
     InvalidArgumentError,
     SettingError,
+    StorageError,
 )
 from topk_grpc.model import ClusterSettings, ShardInfo, Topology
 from topk_grpc.ring.plan import plan_owners
+from topk_grpc.storage.directory import RESTORING
 from topk_grpc.topology import open_store
 
 SHARDS_DEFAULT: Final = 2
@@ -196,6 +198,11 @@ class EmbeddedCluster:
                     topology = replace(topology, epoch=topology.epoch + 1, secret=secrets.token_hex(32))
                     await store.compare_and_set(topology)
                 return topology
+            if (self._data_dir / RESTORING).exists():
+                raise StorageError(
+                    f"--data-dir {self._data_dir}: a backup was being restored here, and that was interrupted: run"
+                    " `topk restore` again, it begins anew"
+                )
             foreign = sorted(each.name for each in self._data_dir.iterdir() if each.name not in _OWN_FILES)
             if foreign:
                 raise ForeignDirectoryError(

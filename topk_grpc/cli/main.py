@@ -366,6 +366,50 @@ def token_new(
     new(name, role, expires, plays_per_second, append_to)
 
 
+@app.command()
+def backup(
+    data_dir: DataDir,
+    to: Annotated[
+        Path, typer.Option("--to", metavar="TARGET", help="Where backups are kept: a directory, on another disk.")
+    ],
+    shard_id: ShardIds = None,
+    keep: Annotated[
+        int, typer.Option(min=0, help="Afterwards remove all but so many of the last backups. 0: remove none.")
+    ] = 0,
+    json: Json = False,
+) -> None:
+    """Back up a cluster of this machine, or one shard, while it runs or not. Only what is new is copied."""
+    from topk_grpc.cli.backup import run_backup
+
+    run_backup(data_dir, to, shard_id or [], keep, as_json=json)
+
+
+@app.command()
+def restore(  # noqa: PLR0917  # typer makes options of them
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Where the backups are.")],
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where to: a new directory, or an empty one.", show_default=False)
+    ] = None,
+    backup: Annotated[int | None, typer.Option(min=1, help="Which backup.", show_default="the last")] = None,
+    shard_id: ShardIds = None,
+    snapshot: Annotated[
+        int | None,
+        typer.Option(
+            help="Begin with this older snapshot of the one shard, and the log that all backups have behind it.",
+            show_default=False,
+        ),
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="List the backups instead.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Read every byte of the backup instead.")] = False,
+    json: Json = False,
+) -> None:
+    """Restore a backup. Everything is checked first; with one --shard-id the directory becomes that shard's."""
+    from topk_grpc.cli.backup import RestoreRequest, run_check, run_list, run_restore
+
+    request = RestoreRequest(target, data_dir, backup, shard_id or [], snapshot, json)
+    (run_list if show else run_check if check else run_restore)(request)
+
+
 # --- Show and measure -------------------------------------------------------------------------------------------------
 
 

@@ -85,9 +85,14 @@ class _Source(io.RawIOBase):
         return len(part)
 
 
-def write_bytes(files: Files, path: Path, data: Bytes) -> Seal:
-    """Writes a file; durable but for its name."""
-    return _write(files, path, lambda sink: sink.write(data))
+def seal_of(data: Bytes) -> Seal:
+    """What bytes come to."""
+    return Seal(len(data), crc32c(data))
+
+
+def write_bytes(files: Files, path: Path, data: Bytes, *, private: bool = False) -> Seal:
+    """Writes a file, maybe one that nobody else may read; durable but for its name."""
+    return _write(files, path, lambda sink: sink.write(data), private=private)
 
 
 def write_column(files: Files, path: Path, array: Array) -> Seal:
@@ -100,8 +105,8 @@ def write_arrays(files: Files, path: Path, arrays: Mapping[str, Array]) -> Seal:
     return _write(files, path, lambda sink: np.savez(sink, **arrays))  # type: ignore[arg-type]
 
 
-def _write(files: Files, path: Path, fill: Any) -> Seal:
-    file = files.create(path)
+def _write(files: Files, path: Path, fill: Any, *, private: bool = False) -> Seal:
+    file = files.create(path, private=private)
     try:
         sink = _Sink(file)
         # numpy writes headers and directories in small pieces; what is larger than the buffer passes by it.

@@ -26,11 +26,13 @@ from topk_grpc.storage.log_format import SEGMENT_HEADER_BYTES, new_salt
 from topk_grpc.storage.segments import TEMPORARY, make_segment, segment_path
 
 VERSION: Final = 1
-_FORMAT: Final = "FORMAT"
+FORMAT: Final = "FORMAT"
+RESTORING: Final = "RESTORING"
+"""Stands in a directory while a backup is being restored into it, see restore.py."""
 _LOCK: Final = "LOCK"
 _DIRECTORY_ID: Final = re.compile("[0-9a-f]{32}")
-_FOLDERS: Final = ("blocks", "log", "snapshots")
-_IGNORED: Final = frozenset({_LOCK, _FORMAT + TEMPORARY, "lost+found", *_FOLDERS})
+FOLDERS: Final = ("blocks", "log", "snapshots")
+_IGNORED: Final = frozenset({_LOCK, FORMAT + TEMPORARY, "lost+found", *FOLDERS})
 
 
 class DataDirectory:
@@ -68,10 +70,10 @@ class DataDirectory:
         """
         files = files or OsFiles()
         try:
-            _make_directories(files, path)
+            make_directories(files, path)
             lock = _take_lock(files, path)
             try:
-                is_new = _FORMAT not in files.names(path)
+                is_new = FORMAT not in files.names(path)
                 if is_new:
                     directory_id = _create(files, path)
                 else:
@@ -103,7 +105,7 @@ class DataDirectory:
             directory_id = _read_format(files, path)
         except (FileNotFoundError, NotADirectoryError):
             raise StorageError(
-                f"{path} is no data directory of a shard: it has no {_FORMAT}. Name the directory of a shard, or the"
+                f"{path} is no data directory of a shard: it has no {FORMAT}. Name the directory of a shard, or the"
                 " one of a cluster of `topk up`"
             ) from None
         except OSError as error:
@@ -137,7 +139,8 @@ class _Nothing:
         pass
 
 
-def _make_directories(files: Files, path: Path) -> None:
+def make_directories(files: Files, path: Path) -> None:
+    """Makes a directory and those above it that are missing, each durable in its parent."""
     missing = [path]
     while True:
         try:
@@ -154,7 +157,12 @@ def _make_directories(files: Files, path: Path) -> None:
 
 def _take_lock(files: Files, path: Path) -> Held:
     names = files.names(path)
-    if _FORMAT not in names and not _IGNORED.issuperset(names):
+    if FORMAT not in names and RESTORING in names:
+        raise StorageError(
+            f"{path}: a backup was being restored here, and that was interrupted: run `topk restore` again, it begins"
+            " anew"
+        )
+    if FORMAT not in names and not _IGNORED.issuperset(names):
         raise StorageError(
             f"{path} is no data directory, and not empty (it holds {', '.join(sorted(set(names) - _IGNORED)[:3])}):"
             " name another, or an empty one"
@@ -172,7 +180,7 @@ def _take_lock(files: Files, path: Path) -> Held:
 
 def _create(files: Files, path: Path) -> str:
     """The steps of docs/formats/data-directory.md."""
-    for folder in _FOLDERS:
+    for folder in FOLDERS:
         files.make_directory(path / folder)
     _check_unused(files, path)
     # Recovery replaces this first segment, as it does each time, by one with room for groups.
@@ -180,7 +188,7 @@ def _create(files: Files, path: Path) -> str:
     file, _ = make_segment(files, path / "log", 0, reserve=range(size, size + 1), salt=new_salt())
     file.close()
     directory_id = uuid.uuid4().hex
-    temporary = path / (_FORMAT + TEMPORARY)
+    temporary = path / (FORMAT + TEMPORARY)
     file = files.create(temporary)
     try:
         file.write(0, [encode_self_checked({"format": VERSION, "directory_id": directory_id})])
@@ -188,7 +196,7 @@ def _create(files: Files, path: Path) -> str:
     finally:
         file.close()
     files.sync_directory(path)  # the folders, before the file that vouches for them
-    files.rename(temporary, path / _FORMAT)
+    files.rename(temporary, path / FORMAT)
     files.sync_directory(path)
     for parent in path.parents:  # whoever made them may not have
         with contextlib.suppress(PermissionError):
@@ -199,20 +207,20 @@ def _create(files: Files, path: Path) -> str:
 def _check_unused(files: Files, path: Path) -> None:
     """A directory without FORMAT may be one whose making was interrupted; one with data has lost it."""
     first = segment_path(path / "log", 0)
-    for folder in _FOLDERS:
+    for folder in FOLDERS:
         for name in files.names(path / folder):
             held = path / folder / name
             empty_segment = held == first and len(files.map(first)) <= SEGMENT_HEADER_BYTES
             if not name.endswith(TEMPORARY) and not empty_segment:
                 raise CorruptError(
-                    f"{path / _FORMAT} is missing, but there is data ({held}). Nothing was changed. Restore FORMAT"
+                    f"{path / FORMAT} is missing, but there is data ({held}). Nothing was changed. Restore FORMAT"
                     " from a backup of this directory",
-                    str(path / _FORMAT),
+                    str(path / FORMAT),
                 )
 
 
 def _read_format(files: Files, path: Path) -> str:
-    data = bytes(files.map(path / _FORMAT))
+    data = bytes(files.map(path / FORMAT))
     # The version is believed before the checksum: a newer one may check itself in another way.
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         version = json.loads(data)["format"]
@@ -225,7 +233,7 @@ def _read_format(files: Files, path: Path) -> str:
     directory_id = content.get("directory_id")
     if not isinstance(directory_id, str) or not _DIRECTORY_ID.fullmatch(directory_id):
         raise CorruptError(
-            f"{path / _FORMAT} is damaged. Nothing was changed. Restore it from a backup of this directory",
-            str(path / _FORMAT),
+            f"{path / FORMAT} is damaged. Nothing was changed. Restore it from a backup of this directory",
+            str(path / FORMAT),
         )
     return directory_id

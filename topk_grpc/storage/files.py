@@ -62,8 +62,13 @@ class Files(Protocol):
     def map(self, path: Path) -> memoryview:
         """The whole file, read-only; it stays readable after the file has been removed or replaced."""
 
-    def create(self, path: Path) -> WritableFile:
-        """A new, empty file. One of that name is removed first, so that what is mapped of it stays whole."""
+    def create(self, path: Path, *, private: bool = False) -> WritableFile:
+        """A new, empty file. One of that name is removed first, so that what is mapped of it stays whole.
+
+        Args:
+            path: of it.
+            private: nobody but its owner may read it.
+        """
 
     def rename(self, source: Path, target: Path) -> None:
         """Gives a file, or a directory, another name; a file of that name is replaced in one step."""
@@ -115,10 +120,11 @@ class OsFiles:
         finally:
             os.close(descriptor)
 
-    def create(self, path: Path) -> WritableFile:
+    def create(self, path: Path, *, private: bool = False) -> WritableFile:
         """See `Files.create`."""
         path.unlink(missing_ok=True)
-        return _OsFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+        mode = 0o600 if private else 0o644
+        return _OsFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
 
     def rename(self, source: Path, target: Path) -> None:
         """See `Files.rename`."""

@@ -131,6 +131,15 @@ class SnapshotStore:
         """
         return self._read_snapshot(self._read_manifest(number))
 
+    def manifest(self, number: int) -> Manifest:
+        """Of one snapshot; for whoever only looks.
+
+        Raises:
+            DamagedFileError: it is not whole, or was deleted meanwhile.
+            VersionError: a newer release wrote it.
+        """
+        return self._read_manifest(number)
+
     def numbers(self) -> list[int]:
         """The numbers of all snapshots, whole or not, ascending."""
         return self._numbers()
