@@ -215,15 +215,18 @@ def check_ranked(
     check(answered, [(song_id, counts.get(song_id, 0)) for song_id in asked])
     assert (said.plays, said.songs) == totals
 
-    # Places of this shard's songs, and of other shards' songs between, before and behind them.
-    places = [*ranked[:3], *ranked[-1:], ("", 1), ("zz\U0010ffff", 1), ("m", 3), ("é", 1 << 55)]
+    # Places of this shard's songs, those also where they were with more or fewer plays, and of other shards' songs
+    # between, before and behind them.
+    moved = [(song_id, count + by) for song_id, count in ranked[:2] for by in (-1, 2) if count + by > 0]
+    places = [*ranked[:3], *ranked[-1:], *moved, ("", 1), ("zz\U0010ffff", 1), ("m", 3), ("é", 1 << 55)]
     for neighbours in (0, 2, 100):
         standings, said = query.standings(state, scope, places, neighbours)
         assert (said.plays, said.songs) == totals
         for place, standing in zip(places, standings, strict=True):
             key = (-place[1], place[0].encode())
-            above = [one for one in ranked if (-one[1], one[0].encode()) < key]
-            below = [one for one in ranked if (-one[1], one[0].encode()) > key]
+            others = [one for one in ranked if one[0] != place[0]]
+            above = [one for one in others if (-one[1], one[0].encode()) < key]
+            below = [one for one in others if (-one[1], one[0].encode()) > key]
             assert standing.above_count == len(above)
             if neighbours:
                 check(standing.above, above[-neighbours:])

@@ -248,20 +248,26 @@ def totals(state: ShardState, scope: Scope) -> Totals:
     return Totals(*ranking.totals(number)) if number is not None else Totals(0, 0)
 
 
+def _entries_of(state: ShardState, scope: Scope, song_ids: Sequence[str]) -> NDArray[np.int32]:
+    """The songs' entries on the scope's board; -1 where this shard has none."""
+    songs = state.songs.find_texts(list(song_ids))
+    if scope.board != CHARTS:
+        return songs
+    number = _chart_number(state, scope.chart)
+    wanted = np.full(len(songs), -1, np.int32)
+    known = songs >= 0
+    if number is not None:
+        wanted[known] = state.pairs.find(np.full(int(known.sum()), number, np.int32), songs[known])
+    return wanted
+
+
 def counts_of(state: ShardState, scope: Scope, song_ids: Sequence[str]) -> tuple[Ranked, Totals]:
     """The counts of songs in a scope, in the order asked; 0 where there is none.
 
     Raises:
         OutOfRangeError: the buckets kept for its time are too coarse.
     """
-    songs = state.songs.find_texts(list(song_ids))
-    number = _chart_number(state, scope.chart)
-    wanted = songs
-    if scope.board == CHARTS:
-        wanted = np.full(len(songs), -1, np.int32)
-        known = songs >= 0
-        if number is not None:
-            wanted[known] = state.pairs.find(np.full(int(known.sum()), number, np.int32), songs[known])
+    wanted = _entries_of(state, scope, song_ids)
     ranking, board = _ranking(state, scope), state.boards[scope.board]
     if ranking is not None and not scope.gap_ms:
         found = [board.count(entry, ranking) if 0 <= entry < len(board) else 0 for entry in wanted.tolist()]
@@ -289,7 +295,8 @@ def standings(
     Args:
         state: the shard's.
         scope: what is counted.
-        places: song ids with their counts, each at least 1; the songs may be other shards'.
+        places: song ids with their counts, each at least 1; the songs may be other shards'. A song that has another
+            count by now does not stand above or below the place that it had itself.
         neighbours: how many entries before and after each to return.
     """
     candidates = _candidates(state, scope)
@@ -303,7 +310,11 @@ def _standing(
     song_id, count = place
     name = song_id.encode()
     entries, counts = candidates.entries, candidates.counts
-    higher = counts > count
+    higher, lower = counts > count, (counts < count) & (counts > 0)
+    own = int(_entries_of(state, scope, [song_id])[0])
+    at = int(np.searchsorted(entries, own))
+    if own >= 0 and at < len(entries) and entries[at] == own:
+        higher[at] = lower[at] = False
     ties = np.flatnonzero(counts == count)
     sides = np.empty(len(ties), np.int8)
     songs, strings = state.songs_of(scope.board), state.songs
@@ -331,7 +342,7 @@ def _standing(
         return _ranked(state, scope, chosen, plays, _spans(state, candidates, chosen))
 
     above = nearest(ties[sides > 0], higher, backwards=True)
-    below = nearest(ties[sides < 0], (counts < count) & (counts > 0), backwards=False)
+    below = nearest(ties[sides < 0], lower, backwards=False)
     return PlaceStanding(above_count, above, below)
 
 
