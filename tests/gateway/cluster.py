@@ -110,6 +110,7 @@ class Line:
         self.lose_answers = False
         self.requests_bytes = 0
         self.connections = 0
+        self._silent = 0
         self.address = ""
 
     async def open(self, target: str) -> None:
@@ -124,13 +125,14 @@ class Line:
         assert task is not None
         self._relays.add(task)
         self.connections += 1
+        number = self.connections
         host, port = self._target.split(":")
         far_writer: asyncio.StreamWriter | None = None
         try:
             far_reader, far_writer = await asyncio.open_connection(host, int(port))
             ways = (
-                asyncio.ensure_future(self._relay(reader, far_writer, to_shard=True)),
-                asyncio.ensure_future(self._relay(far_reader, writer, to_shard=False)),
+                asyncio.ensure_future(self._relay(number, reader, far_writer, to_shard=True)),
+                asyncio.ensure_future(self._relay(number, far_reader, writer, to_shard=False)),
             )
             try:
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -146,8 +148,12 @@ class Line:
                 if end is not None:
                     end.transport.abort()
 
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, to_shard: bool) -> None:
+    async def _relay(
+        self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, to_shard: bool
+    ) -> None:
         while data := await reader.read(1 << 16):
+            if number <= self._silent:
+                continue
             if to_shard:
                 self.requests_bytes += len(data)
             elif self.lose_answers:
@@ -159,6 +165,10 @@ class Line:
         """All connections break; new ones are taken."""
         for relay in list(self._relays):
             relay.cancel()
+
+    def forget(self) -> None:
+        """Connections that stand carry nothing any more, and nobody is told; new ones do."""
+        self._silent = self.connections
 
     async def close(self) -> None:
         if self._server is not None:

@@ -226,6 +226,53 @@ async def test_a_missing_shard_fails_the_query_or_is_named(cluster: Cluster) -> 
     assert [shard.reachable for shard in described.shards] == [True, False, True]
 
 
+async def test_songs_of_a_shard_that_answered_only_once_are_left_out_and_it_is_named(cluster: Cluster) -> None:
+    """Counts and ranks are read one after the other; a shard may come back, or go, in between."""
+    await cluster.begin(3)
+    gateway = await cluster.gateway(query_seconds=2)
+    tally = await load(gateway, random_plays(7))
+    owners = (await cluster.store.read()).owners
+    left = Tally([play for play in tally.plays if owners[slot_of(play.song_id, SLOTS)] != 1])
+    for phase in ("QueryCounts", "QueryRanks"):
+        ask, asked = gateway.shard_queries.ask, set[str]()
+
+        async def ask_once(
+            shard: Any,
+            method: str,
+            request: Any,
+            seconds: float,
+            phase: str = phase,
+            ask: Any = ask,
+            asked: Any = asked,
+        ) -> Any:
+            asked.add(method)
+            if shard.shard_id == "shard-1" and method == phase:
+                raise UnavailableError("away")
+            return await ask(shard, method, request, seconds)
+
+        gateway.shard_queries.ask = ask_once  # type: ignore[method-assign]
+        answer = await gateway.stub.GetSongs(songs_request(SONGS, neighbours=2, allow_partial=True))
+        gateway.shard_queries.ask = ask  # type: ignore[method-assign]
+        assert asked == {"QueryCounts", "QueryRanks"}
+        check_songs(answer, SONGS, left.ranked(), 2)
+        certificate = answer.certificate
+        assert (certificate.complete, list(certificate.missing_shards)) == (False, ["shard-1"])
+        assert certificate.total_plays == sum(count for _, count in left.ranked())
+        assert certificate.other_plays == 0
+
+
+async def test_a_query_connection_that_died_without_a_word_is_replaced(cluster: Cluster) -> None:
+    await cluster.begin(2)
+    gateway = await cluster.gateway(query_seconds=1)
+    tally = await load(gateway, random_plays(8))
+    assert entries((await _top(gateway)).entries) == ranks(tally.ranked()[:10])
+    cluster.shards[1].line.forget()
+    with pytest.raises(grpc.RpcError) as caught:
+        await _top(gateway)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert entries((await _top(gateway)).entries) == ranks(tally.ranked()[:10])
+
+
 async def test_a_query_waits_for_a_shard_that_comes_back(cluster: Cluster) -> None:
     await cluster.begin(2)
     gateway = await cluster.gateway()

@@ -293,6 +293,20 @@ async def test_answers_that_are_lost_make_no_false_duplicates(cluster: Cluster) 
     assert (await record(gateway, batch(3, plays_of(3)))).duplicate  # a true one is still told
 
 
+async def test_a_connection_that_died_without_a_word_is_replaced_in_time(cluster: Cluster) -> None:
+    await cluster.begin(shards=2)
+    gateway = await cluster.gateway(record_seconds=1)
+    producer = Producer(gateway, range(1, 2))
+    await producer.finish()
+    cluster.shards[0].line.forget()
+    with pytest.raises(grpc.RpcError) as caught:  # what was under way has waited for as long as it may
+        await record(gateway, batch(2, plays_of(2)))
+    assert isinstance(from_rpc_error(caught.value), DeadlineError)
+    async with asyncio.timeout(5):  # far less than keepalive takes
+        assert (await record(gateway, batch(2, plays_of(2)))).accepted == 41
+    check_counted(cluster, 2)
+
+
 async def test_a_shard_killed_and_restarted_at_another_port_is_found_again(cluster: Cluster) -> None:
     await cluster.begin(shards=2)
     gateway = await cluster.gateway()

@@ -6,6 +6,9 @@ that was written but not answered when the stream broke may or may not have been
 of the queue, in order, and are sent again; the shard's marks see to it that they count once. `Part.sends` says that
 this happened, since the shard's `duplicate` then means nothing to the client.
 
+A stream on which nothing is answered for `record_seconds`, though requests are under way, is given up, and its
+connection with it: it may be dead without an end, and what waited that long has been given up by its clients.
+
 Bounds: `pending_bytes_max` wait for one shard, then `submit` does, and with it the clients' streams; besides them there
 are the requests under way, `REQUESTS_UNDER_WAY_MAX` of `part_bytes_max`, which wait as well when a stream breaks.
 """
@@ -22,7 +25,7 @@ from typing import Any, Final
 import grpc
 
 from topk_grpc.config import GatewaySettings
-from topk_grpc.errors import InvalidArgumentError, ResourceExhaustedError, TopKError
+from topk_grpc.errors import DeadlineError, InvalidArgumentError, ResourceExhaustedError, TopKError
 from topk_grpc.gateway.channels import ShardChannels
 from topk_grpc.kernels.encode import varint
 from topk_grpc.model import ShardInfo
@@ -77,6 +80,7 @@ class ShardLink:
         self._waiting: deque[Part] = deque()
         self._waiting_bytes = 0
         self._under_way: deque[_Request] = deque()
+        self._progress_at = 0.0  # the loop's time of the last sign that the stream moves
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -164,7 +168,7 @@ class ShardLink:
             try:
                 while True:
                     reading = asyncio.ensure_future(call.read())
-                    await asyncio.wait((reading, moved, sender), return_when=asyncio.FIRST_COMPLETED)
+                    await self._wait_any(reading, moved, sender)
                     if not reading.done():
                         if sender.done():
                             sender.result()
@@ -184,6 +188,21 @@ class ShardLink:
                 await asyncio.gather(*tasks, return_exceptions=True)
         return answered
 
+    async def _wait_any(self, *tasks: asyncio.Future[Any]) -> None:
+        """Returns when one of them is done.
+
+        Raises:
+            DeadlineError: nothing was answered for too long.
+        """
+        seconds = self._settings.record_seconds
+        loop = asyncio.get_running_loop()
+        left = seconds
+        while not any(task.done() for task in tasks):
+            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            left = self._progress_at + seconds - loop.time() if self._under_way else seconds
+            if left <= 0:
+                raise DeadlineError(f"nothing was answered for {seconds:g} s (--record-seconds)")
+
     async def _send(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
         request_id = 0
         while True:
@@ -192,6 +211,8 @@ class ShardLink:
                 if taken is not None:
                     request_id += 1
                     request, raw = taken
+                    if not self._under_way:
+                        self._progress_at = asyncio.get_running_loop().time()
                     self._under_way.append(request)
                     await call.write(raw)
                     continue
@@ -205,6 +226,7 @@ class ShardLink:
                 f"the shard answered request {response.request_id} where {request.request_id} was due"
             )
         self._under_way.popleft()
+        self._progress_at = asyncio.get_running_loop().time()
         for part, outcome in zip(request.parts, response.outcomes, strict=True):
             if not part.outcome.done():
                 part.outcome.set_result(outcome)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, TypeVar
 
 from topk_grpc.config import GatewaySettings
 from topk_grpc.engine.windows import bounds_of, is_final
@@ -32,6 +32,8 @@ from topk_grpc.model import (
 from topk_grpc.pb.topk.v1 import query_pb2
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.rpc import convert
+
+T = TypeVar("T")
 
 SONGS_MAX: Final = 100
 NEIGHBOURS_MAX: Final = 100
@@ -171,12 +173,10 @@ class Queries:
         counted: Gathered[pb.QueryCountsResponse] = await self._scatter.gather(
             "QueryCounts", request, allow_partial=allow_partial
         )
-        counts = [sum(answer.counts[index] for answer in counted.answers.values()) for index in range(len(song_ids))]
-        places = list(dict.fromkeys(place for place in zip(song_ids, counts, strict=True) if place[1]))
-        listed = sum(count for _, count in places)
+        places = _places(song_ids, counted)
         if not places:
             nothing = tuple(SongStanding(song_id, 0, None) for song_id in song_ids)
-            return SongsAnswer(bounds, self._certificate(counted, bounds, listed), nothing)
+            return SongsAnswer(bounds, self._certificate(counted, bounds), nothing)
         ranks = pb.QueryRanksRequest(
             scope=scope,
             places=[pb.Place(song_id=song_id, count=count) for song_id, count in places],
@@ -185,10 +185,13 @@ class Queries:
         ranked: Gathered[pb.QueryRanksResponse] = await self._scatter.gather(
             "QueryRanks", ranks, allow_partial=allow_partial
         )
-        certificate = self._certificate(ranked, bounds, listed)
+        counted, ranked = _in_both(counted, ranked)
+        present = _places(song_ids, counted)
+        certificate = self._certificate(ranked, bounds, sum(count for _, count in present))
         standings = {
             place: _standing(place, index, ranked, neighbours, certificate.total_plays)
             for index, place in enumerate(places)
+            if place in present
         }
         sessions = {
             song_id: Bounds(answer.sessions.starts_ms[index], answer.sessions.ends_ms[index])
@@ -197,11 +200,12 @@ class Queries:
             for index, song_id in enumerate(song_ids)
             if answer.counts[index]
         }
+        known = dict(present)
         songs = tuple(
-            dataclasses.replace(standings[song_id, count], session=sessions.get(song_id))
-            if count
+            dataclasses.replace(standings[song_id, known[song_id]], session=sessions.get(song_id))
+            if song_id in known
             else SongStanding(song_id, 0, None)
-            for song_id, count in zip(song_ids, counts, strict=True)
+            for song_id in song_ids
         )
         return SongsAnswer(bounds, certificate, songs)
 
@@ -243,6 +247,28 @@ def _sessions(answers: Iterable[pb.QueryTopKResponse]) -> dict[str, Bounds]:
         if answer.HasField("sessions")
         for song_id, start, end in zip(answer.song_ids, answer.sessions.starts_ms, answer.sessions.ends_ms, strict=True)
     }
+
+
+def _places(song_ids: Sequence[str], counted: Gathered[pb.QueryCountsResponse]) -> list[tuple[str, int]]:
+    """The songs that have plays, each once, with their counts."""
+    counts = {
+        song_id: sum(answer.counts[index] for answer in counted.answers.values())
+        for index, song_id in enumerate(song_ids)
+    }
+    return [place for place in counts.items() if place[1]]
+
+
+def _in_both(
+    counted: Gathered[pb.QueryCountsResponse], ranked: Gathered[pb.QueryRanksResponse]
+) -> tuple[Gathered[pb.QueryCountsResponse], Gathered[pb.QueryRanksResponse]]:
+    """Leaves the shards out that answered only once: a song's count without its rank would not fit the totals."""
+    missing = tuple(dict.fromkeys((*counted.missing, *ranked.missing)))
+    counted = dataclasses.replace(counted, answers=_without(counted.answers, missing), missing=missing)
+    return counted, dataclasses.replace(ranked, answers=_without(ranked.answers, missing), missing=missing)
+
+
+def _without(answers: Mapping[str, T], shard_ids: Sequence[str]) -> dict[str, T]:
+    return {shard_id: answer for shard_id, answer in answers.items() if shard_id not in shard_ids}
 
 
 def _standing(

@@ -71,20 +71,26 @@ class ShardQueries:
         self._settings = settings
         self._shards = channels
         self._channels: dict[str, tuple[tuple[str, int], grpc.aio.Channel]] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()  # channels being closed
 
-    def _stub(self, shard: ShardInfo) -> pb_grpc.ShardServiceStub:
+    def _drop(self, shard: ShardInfo, channel: grpc.aio.Channel) -> None:
+        """Lets the calls on a channel come to their end; the next call opens another one."""
+        if self._channels.get(shard.shard_id, (None, None))[1] is channel:
+            del self._channels[shard.shard_id]
+            task = asyncio.create_task(channel.close(self._settings.query_seconds))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def _channel(self, shard: ShardInfo) -> grpc.aio.Channel:
         opened_for, channel = self._channels.get(shard.shard_id, (None, None))
         wanted = (shard.address, self._shards.generation)
         if channel is None or opened_for != wanted:
             if channel is not None:
-                task = asyncio.create_task(channel.close(self._settings.query_seconds))
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+                self._drop(shard, channel)
             # Asking again is the caller's: gRPC's own retries hide why, and hold up those that go without the shard.
             channel = self._shards.open(shard.address, options=[("grpc.enable_retries", 0)])
             self._channels[shard.shard_id] = (wanted, channel)
-        return pb_grpc.ShardServiceStub(channel)
+        return channel
 
     async def ask(self, shard: ShardInfo, method: str, request: Any, seconds: float) -> Any:
         """Asks one shard.
@@ -95,10 +101,17 @@ class ShardQueries:
         if not shard.address:
             raise UnavailableError(f"{shard.shard_id} has not started yet")
         metadata = self._shards.metadata(shard.shard_id)
+        channel = self._channel(shard)
         try:
-            return await getattr(self._stub(shard), method)(request, timeout=max(seconds, 0.001), metadata=metadata)
+            call = getattr(pb_grpc.ShardServiceStub(channel), method)
+            return await call(request, timeout=max(seconds, 0.001), metadata=metadata)
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+            failure = from_rpc_error(error)
+            if isinstance(failure, DeadlineError) and seconds >= self._settings.query_seconds / 2:
+                # The shard may be slow, or the connection dead without a word, which keepalive takes long to find out:
+                # a new connection is cheap.
+                self._drop(shard, channel)
+            raise failure from error
 
     async def close(self) -> None:
         """Closes all connections."""

@@ -117,8 +117,8 @@ def open_channel(
         "grpc.max_send_message_length": -1,
         # Else channels of one process to one address share a connection, and with it its flow control.
         "grpc.use_local_subchannel_pool": 1,
-        # A peer that vanished without a word is noticed within 40 s. Servers refuse pings that come much faster.
-        "grpc.keepalive_time_ms": 30_000,
+        # A peer that vanished without a word is noticed within 25 s. Servers refuse pings that come much faster.
+        "grpc.keepalive_time_ms": 15_000,
         "grpc.keepalive_timeout_ms": 10_000,
         "grpc.keepalive_permit_without_calls": 1,
         "grpc.http2.max_pings_without_data": 0,
