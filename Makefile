@@ -14,11 +14,13 @@ TEST_PROCESSES ?= 2
 SOAK_SECONDS ?= 600
 FUZZ_RUNS ?= 20000000
 FUZZ_BUILD := build/fuzz/.built
+STORM_SECONDS ?= 1800
+KILLS ?= 200
 
 # What an install depends on: an edited kernel or proto is built again.
 SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find protos -name '*.proto') $(wildcard topk_grpc/kernels/*.py)
 
-.PHONY: help install demo test soak fuzz fuzz-build lint bench docs audit-dependencies clean
+.PHONY: help install demo test soak fuzz fuzz-build lint bench docs audit-dependencies clean storm kills
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +41,12 @@ fuzz: $(FUZZ_BUILD) ## Fuzz kernels and readers under sanitizers; goes on where 
 	@$(BIN)/python -m tests.fuzz.run --runs $(FUZZ_RUNS) $(FUZZ)
 
 fuzz-build: $(FUZZ_BUILD) ## Compile the kernels for fuzzing, beside the usual ones (needs clang; CLANG=clang-16)
+
+storm: $(STAMP) ## Break processes, networks and disks under load and check every count (STORM_SECONDS=1800 SEED=… STORM=…)
+	@$(BIN)/python -m tests.faults --seconds $(STORM_SECONDS) $(if $(SEED),--seed $(SEED)) $(STORM)
+
+kills: $(STAMP) ## The same with kill -9 of random processes alone (KILLS=200 SEED=… STORM=…)
+	@$(BIN)/python -m tests.faults --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(STORM)
 
 lint: $(STAMP) ## Check style, types, import contracts and protos
 	$(BIN)/ruff check .

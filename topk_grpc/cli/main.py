@@ -452,10 +452,15 @@ def demo(
 
 def main() -> None:
     """The console entry point. Never returns."""
+    run_commands(app)
+
+
+def run_commands(commands: typer.Typer) -> None:
+    """Runs the command that the command line names. Never returns."""
     # Processes are started by exec: gRPC's preparations for fork would only write warnings.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
-        app(prog_name="topk")
+        commands(prog_name="topk")
     except TopKError as error:
         _fail(str(error))
     except OSError as error:

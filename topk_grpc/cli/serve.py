@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
 from topk_grpc import kernels
 from topk_grpc.config import GatewaySettings, ShardSettings
+
+if TYPE_CHECKING:
+    from topk_grpc.storage import Files
 
 SLOW_KERNELS = (
     "warning: the kernels are not compiled; everything is exact, but hundreds of times slower. "
@@ -24,15 +27,19 @@ def warn_if_slow() -> None:
         print(SLOW_KERNELS, file=sys.stderr)  # noqa: T201
 
 
-def run_shard(settings: ShardSettings) -> None:
+def run_shard(settings: ShardSettings, files: Files | None = None) -> None:
     """Runs a shard until it is told to stop.
+
+    Args:
+        settings: of the shard.
+        files: the file system that its data directory is on, the real one by default.
 
     Raises:
         TopKError: it cannot start, or cannot go on.
     """
     from topk_grpc.shard.server import serve
 
-    _run(serve(settings))
+    _run(serve(settings, files))
 
 
 def run_gateway(settings: GatewaySettings) -> None:

@@ -19,13 +19,18 @@ from topk_grpc.shard.core import Identity, ShardCore
 from topk_grpc.shard.owner import ShardOwner, now_ms
 from topk_grpc.shard.registration import check_directory, find_shard, register
 from topk_grpc.shard.service import ShardService
+from topk_grpc.storage import Files
 from topk_grpc.topology.store import TopologyStore, open_store
 
 SERVICE = "topk.v1.ShardService"
 
 
-async def serve(settings: ShardSettings) -> None:
+async def serve(settings: ShardSettings, files: Files | None = None) -> None:
     """Runs a shard until SIGTERM or SIGINT.
+
+    Args:
+        settings: of the shard.
+        files: the file system that its data directory is on, the real one by default.
 
     Raises:
         TopKError: it cannot start (the message says why and what to do), or its log failed.
@@ -34,17 +39,17 @@ async def serve(settings: ShardSettings) -> None:
     stop = StopRequest().install(stdin=settings.exit_with_stdin)
     store = open_store(settings.topology)
     try:
-        await _serve(settings, stop, store)
+        await _serve(settings, stop, store, files)
     finally:
         await store.close()
         stop.uninstall()
 
 
-async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStore) -> None:
+async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStore, files: Files | None) -> None:
     topology = await store.read()
     info = find_shard(topology, settings.shard_id)
     identity = Identity(topology.cluster_id, settings.shard_id)
-    core = ShardCore(settings, topology.settings)
+    core = ShardCore(settings, topology.settings, files)
     check_directory(info, core.directory_id, settings.data_dir)
     if not topology.secret:
         raise TopologyError(
