@@ -138,8 +138,8 @@ class Comparison:
         except AssertionError:
             truth = next(one for one in arguments if isinstance(one, Truth))
             self._wrong(
-                f"{what} is not as the oracle has it: {str(answer)[:1500]}; it has {truth.total} of"
-                f" {len(truth.ranked)} songs in {truth.bounds}, first {truth.ranked[:9]}, watermark {self._watermark_ms}"
+                f"{what} is not as the oracle has it: {str(answer)[:900]}; it has {truth.total} of"
+                f" {len(truth.ranked)} songs in {truth.bounds}: {truth.ranked[:9]}, watermark {self._watermark_ms}"
             )
 
     async def watch(self, watched: Mapping[str, Answer]) -> None:

@@ -177,7 +177,7 @@ class Asker:
     def _refused(self, error: TopKError, began: float) -> None:
         self._asked.refusals[type(error).__name__] += 1
         if not self._weather.excuses([*SHARDS, *GATEWAYS], began):
-            self._finding(f"a query failed, though nothing is broken: {error!r}")
+            self._finding(f"{'+'.join(self._gateways)} failed to answer, though nothing is broken: {error!r}")
 
     # --- Watching -----------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ import grpc
 import pytest
 
 from tests.engine.engine_shard import DAY, NOW
-from tests.gateway.cluster import SLOTS, Cluster, Gateway, batch, record
+from tests.gateway.cluster import SLOTS, Cluster, Gateway, Line, batch, record
 from tests.oracle import Tally, slot_of, tumbling
+from topk_grpc import TopKClient
 from topk_grpc.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError, WindowError
 from topk_grpc.model import Bounds, GlobalWindow, Play, TumblingWindow, Window
 from topk_grpc.pb.topk.v1 import query_pb2, shard_service_pb2
@@ -271,6 +272,30 @@ async def test_a_query_connection_that_died_without_a_word_is_replaced(cluster: 
         await _top(gateway)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert entries((await _top(gateway)).entries) == ranks(tally.ranked()[:10])
+
+
+@pytest.mark.slow
+async def test_a_clients_connection_that_died_without_a_word_is_found_out_by_keepalive(cluster: Cluster) -> None:
+    await cluster.begin(1)
+    gateway = await cluster.gateway()
+    line = Line()
+    await line.open(gateway.address)
+    try:
+        async with TopKClient(line.address, deadline_seconds=1) as client:
+            for number in range(50):  # gRPC pings to measure the line when much comes in
+                await client.record(f"song {number}" * 10, NOW)
+            await client.flush()
+            await client.top_k("global", 50)
+            line.forget()
+            async with asyncio.timeout(40):  # not the minute that one of those pings may take by default
+                while True:
+                    try:
+                        await client.top_k("global")
+                        break
+                    except UnavailableError:
+                        assert line.connections
+    finally:
+        await line.close()
 
 
 async def test_a_query_waits_for_a_shard_that_comes_back(cluster: Cluster) -> None:

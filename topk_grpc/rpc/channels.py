@@ -120,6 +120,8 @@ def open_channel(
         # A peer that vanished without a word is noticed within 25 s. Servers refuse pings that come much faster.
         "grpc.keepalive_time_ms": 15_000,
         "grpc.keepalive_timeout_ms": 10_000,
+        # gRPC pings for its own ends too, and while one of those is under way it sends no other: 60 s by default.
+        "grpc.http2.ping_timeout_ms": 10_000,
         "grpc.keepalive_permit_without_calls": 1,
         "grpc.http2.max_pings_without_data": 0,
         # A process that restarts is back within a second or two; gRPC's own backoff grows to two minutes.

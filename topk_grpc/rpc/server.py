@@ -70,6 +70,7 @@ def create_server(
             # A client that vanished without a word is noticed within 80 s.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.ping_timeout_ms", 20_000),  # of all pings, those that gRPC sends for its own ends too
         ],
     )
 
