@@ -265,7 +265,8 @@ class Cluster:
         settings = ClusterSettings()
         self.owners = plan_owners(settings.partitioner, SHARDS, settings.slots)
         store = open_store(url)
-        await store.compare_and_set(Topology("storm", 1, settings, tuple(map(ShardInfo, SHARDS)), self.owners))
+        shards = tuple(map(ShardInfo, SHARDS))
+        await store.compare_and_set(Topology("storm", 1, settings, shards, self.owners, "a secret of the storm"))
         await store.close()
         for name in SHARDS:
             await self._add_shard(name, url)
