@@ -180,10 +180,10 @@ class FaultyFiles(OsFiles):
         self.strike("map", path)
         return super().map(path)
 
-    def create(self, path: Path) -> WritableFile:
+    def create(self, path: Path, *, private: bool = False) -> WritableFile:
         self.strike("create", path)
         with self._lock:
-            inner = super().create(path)
+            inner = super().create(path, private=private)
             unsynced = _Unsynced(os.open(path, os.O_RDWR | os.O_CLOEXEC))
             self._unsynced[unsynced.descriptor] = unsynced
             self._note(path.parent, path.unlink)
