@@ -38,6 +38,10 @@ _KILL_AT: Final = 0.4  # of the time
 _PATIENCE_SECONDS: Final = 120.0
 _LINES_KEPT: Final = 20
 _POLL_SECONDS: Final = 0.05
+_OPEN: Final = dict.fromkeys(
+    ("TOPK_TLS_CERT", "TOPK_TLS_KEY", "TOPK_TLS_CA", "TOPK_TLS_CLIENT_CA", "TOPK_TOKENS_FILE"), ""
+)
+"""Settings of other clusters that this shell may have: the demo's own asks nobody for anything."""
 
 
 def run(*, seconds: float, shards: int, songs: int | None, seed: int) -> int:
@@ -81,7 +85,7 @@ class _Demo:
         if not kernels.compiled():
             self._say(SLOW_KERNELS)
         folder = Path(tempfile.mkdtemp(prefix="topk-demo-"))
-        cluster = EmbeddedCluster(folder / "data", shards=self._shards, on_line=self._keep_line)
+        cluster = EmbeddedCluster(folder / "data", shards=self._shards, environment=_OPEN, on_line=self._keep_line)
         exact = False
         try:
             await cluster.start()

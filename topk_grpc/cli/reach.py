@@ -80,6 +80,8 @@ class Reach:
         Raises:
             SettingError: a certificate without its key.
         """
+        # Our messages say what went wrong; what gRPC's core prints beside them is for servers' logs.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         from topk_grpc.rpc.tls import TlsOptions
 
         ca, cert, key = (given[name] or None for name in ("tls_ca", "tls_cert", "tls_key"))

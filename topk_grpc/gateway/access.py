@@ -122,7 +122,7 @@ class TokenGate:
             await asyncio.sleep(POLL_SECONDS)
             changed = False
             try:
-                changed = self._load()
+                changed = await asyncio.to_thread(self._load)  # the file may lie on a network
                 metrics.TOKENS_FILE_FAILED.set(0)
             except SettingError as error:
                 if str(error) != self._problem:  # once for each problem

@@ -22,6 +22,7 @@ from topk_grpc import metrics
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import RateLimitedError
 from topk_grpc.rpc.access import Caller
+from topk_grpc.rpc.refusals import LimitedLog
 
 PRODUCERS_MAX: Final = 10_000
 _WAIT_SECONDS: Final = (0.005, 1.0)  # a bucket that others empty meanwhile is looked at again
@@ -63,6 +64,7 @@ class RateLimits:
         self._clock = clock
         self._producers: OrderedDict[bytes, Bucket] = OrderedDict()
         self._tokens: dict[str, Bucket] = {}
+        self._log = LimitedLog("rate_limited")
 
     def concern(self, caller: Caller) -> bool:
         """Whether there is any limit to look at."""
@@ -110,6 +112,7 @@ class RateLimits:
         seconds, limit = self._seconds_to_go(producer_id, caller)
         if seconds:
             metrics.CALLS_REFUSED.labels("RATE_LIMITED").inc()
+            self._log.warning(limit=limit, token=caller.name, retry_after_ms=math.ceil(seconds * 1000))
             whose = f"the token {caller.name}" if limit == "token" else "the producer"
             raise RateLimitedError(
                 f"{whose} has sent more plays than its rate allows: try again in {seconds:.1f} s (a stream waits by"

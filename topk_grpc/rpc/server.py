@@ -67,6 +67,8 @@ def create_server(
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
+            # Who connects and says nothing, or half a handshake, holds a descriptor for so long; the default is 120 s.
+            ("grpc.server_handshake_timeout_ms", 10_000),
             # A client that vanished without a word is noticed within 80 s.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
