@@ -223,6 +223,7 @@ def test_the_command_line_shows_certificate_and_token(own: Secured, tmp_path: Pa
         ((*where, *shown), "TOPK_TOKEN"),
         ((*where, "--token-file", str(token)), "--tls-cert"),
         (("--gateway", own.address, "--token-file", str(token)), "--tls"),
+        (("--gateway", own.address, "--token-file", str(token), "--tls"), "--tls-ca"),
     ):
         done = run_topk("charts", *arguments)
         assert done.returncode == 1

@@ -25,10 +25,15 @@ HANDSHAKE = (
 )
 
 
-def run(code: str) -> tuple[int, list[dict[str, Any]], str]:
+def run(code: str, before: str = "") -> tuple[int, list[dict[str, Any]], str]:
     """Exit status, the log lines, and everything else on stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", BEGIN + code], check=False, capture_output=True, text=True, timeout=60, env=environment()
+        [sys.executable, "-c", before + BEGIN + code],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(),
     )
     lines: list[str] = []
     rest: list[str] = []
@@ -85,16 +90,9 @@ for _ in range(200):
 
 @pytest.mark.parametrize("ending", ["os.abort()", "os.kill(os.getpid(), 9)"])
 def test_last_words_outlive_the_process(ending: str) -> None:
-    """They are in the pipe when the process dies, and its reader has had no turn: `capture` started none here."""
-    code, lines, rest = run(f"""
-import threading
-threading.Thread.start = lambda self: None
-import importlib
-os.dup2(sys.stderr.fileno(), 2)
-native_log.capture()
-os.write(2, b"the last words\\n")
-{ending}
-""")
+    """They are in the pipe when the process dies, and its reader has had no turn: none is started here."""
+    no_reader = "import threading\nthreading.Thread.start = lambda self: None\n"
+    code, lines, rest = run(f'os.write(2, b"the last words\\n")\n{ending}\n', no_reader)
     assert code < 0
     assert "the last words" in rest + "".join(line.get("message", "") for line in lines)
     if "abort" in ending:

@@ -144,7 +144,9 @@ def unreachable(gateway: Reach, error: UnavailableError) -> UnavailableError:
     """Says which gateway did not answer, and what to do."""
     text = str(error)
     hint = ""
-    if "Socket closed" in text or "handshake" in text.lower():
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        hint = ". Its certificate is not one that is trusted here (--tls-ca), or is for another name or time"
+    elif "Socket closed" in text or "handshake" in text.lower():
         how = (
             "It may ask for a certificate, or not trust the one shown (--tls-cert, --tls-key)"
             if gateway.options.get("tls")

@@ -129,6 +129,9 @@ class TokenGate:
                     self._problem = str(error)
                     log.error("tokens_file_unusable", reason=str(error), consequence="the tokens before stay in force")
                 metrics.TOKENS_FILE_FAILED.set(1)
+            except Exception as error:  # whatever it is, the next change must not go unseen
+                log.error("tokens_file_unusable", error=error)
+                metrics.TOKENS_FILE_FAILED.set(1)
             before, self._looked_at = self._looked_at, self._clock()
             expired = any(before < token.expires_at <= self._looked_at for token in self._tokens.values())
             if changed or expired:

@@ -116,10 +116,10 @@ def _start_helper(reader: int, original: int) -> None:
             ["topk-last-words", "-c", _LAST_WORDS],
             {"PATH": os.defpath},
             file_actions=[
-                (os.POSIX_SPAWN_DUP2, alive, 3),
                 (os.POSIX_SPAWN_DUP2, original, 2),
                 (os.POSIX_SPAWN_DUP2, original, 1),
                 (os.POSIX_SPAWN_DUP2, reader, 0),
+                (os.POSIX_SPAWN_DUP2, alive, 3),  # last, as one of the others may be 3 here
             ],
             setpgroup=0,  # Ctrl-C is not meant for it
         )
