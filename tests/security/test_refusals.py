@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,7 +13,7 @@ from google.protobuf.descriptor_pool import Default
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.cluster.processes import GLOBAL, reason_of, run_topk, wait_for
+from tests.cluster.processes import GLOBAL, Server, reason_of, run_topk, wait_for
 from tests.security.secured import Secured, bearer
 from topk_grpc.gateway.access import ROLES_OF_METHODS
 from topk_grpc.pb.topk.v1 import admin_service_pb2 as admin_pb
@@ -233,3 +234,16 @@ def test_plaintext_for_other_machines_has_to_be_said(tmp_path: Any, arguments: t
         done = run_topk(*command, "--plaintext")
         assert done.returncode == 1
         assert "no topology" in done.stderr
+
+
+def test_a_gateway_that_asks_nobody_says_so(secured: Secured, tmp_path: Path) -> None:
+    topology = f"file:{secured.data_dir / 'topology.json'}"
+    arguments = ["gateway", "--topology", topology, "--listen", "0.0.0.0:0", "--plaintext"]
+    gateway = Server(arguments, tmp_path / "open")
+    try:
+        gateway.wait_ready()
+        for event in ("plaintext", "open_to_everyone"):
+            wait_for(lambda event=event: gateway.event(event), 10, f"{event} is logged")  # type: ignore[misc]
+    finally:
+        gateway.stop()
+    assert not secured.events("open_to_everyone")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from topk_grpc.config import GatewaySettings
+from topk_grpc.config import GatewaySettings, is_loopback
 from topk_grpc.errors import SettingError
 from topk_grpc.gateway.access import TokenGate
 from topk_grpc.gateway.admin import ADMIN_SERVICE, ClusterAdminService
@@ -28,6 +28,7 @@ from topk_grpc.rpc.server import (
     add_reflection,
     bind,
     create_server,
+    split_address,
     start_health_server,
 )
 from topk_grpc.topology.store import TopologyStore, open_store
@@ -108,6 +109,7 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
         await server.start()
         await health.set(ready=True)
         log.event("ready", address=address, cluster=topology.cluster_id, epoch=topology.epoch)
+        _warn_if_open(settings)
         startup.tell_supervisor(settings, address)
         await serve_until_stopped(servers, health, stop, settings.drain_seconds)
         await service.close()
@@ -117,3 +119,15 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
             await asyncio.gather(following, return_exceptions=True)
         await watch.close()
         await asyncio.gather(*(link.close() for link in links.values()), shard_queries.close())
+
+
+def _warn_if_open(settings: GatewaySettings) -> None:
+    """Says that nobody is asked who they are, where others than this machine's own may be."""
+    asks = settings.tokens_file or settings.tls_client_ca
+    if not asks and not is_loopback(split_address(settings.listen)[0]):
+        log.warning(
+            "open_to_everyone",
+            listen=settings.listen,
+            consequence="whoever reaches this address may record, ask and delete",
+            remedy="--tokens-file, --tls-client-ca, or something in front that asks",
+        )
