@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from benchmarks import bench_ingest, bench_memory, bench_query, bench_storage, bench_windows
+from benchmarks import bench_ingest, bench_memory, bench_query, bench_recovery, bench_storage, bench_windows
 from benchmarks.figures import Report, print_reports
 from benchmarks.harness import BenchmarkError
 from topk_grpc import kernels
@@ -25,6 +25,9 @@ def benchmarks(data_dir: Path | None, divisor: int) -> dict[str, Callable[[], Re
     query = bench_query.Options(songs=songs, data_dir=data_dir, pool_plays=pool)
     memory = bench_memory.Options(songs=songs, data_dir=data_dir)
     storage = bench_storage.Options(songs=songs, plays=4_000_000 // divisor, data_dir=data_dir)
+    recovery = bench_recovery.Options(
+        entries=5_000_000 // divisor, songs=songs, plays=8_000_000 // divisor, data_dir=data_dir
+    )
     windows = bench_windows.Options(
         songs=songs, many_songs=10 * songs, slide_plays=5_000_000 // divisor, data_dir=data_dir, pool_plays=pool
     )
@@ -34,6 +37,7 @@ def benchmarks(data_dir: Path | None, divisor: int) -> dict[str, Callable[[], Re
         bench_windows.TITLE: lambda: bench_windows.run(windows),
         bench_memory.TITLE: lambda: bench_memory.run(memory),
         bench_storage.TITLE: lambda: bench_storage.run(storage),
+        bench_recovery.TITLE: lambda: bench_recovery.run(recovery),
     }
 
 

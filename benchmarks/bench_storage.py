@@ -40,25 +40,30 @@ class Options:
     data_dir: Path | None = None
 
 
-def append_request(raw: bytes, sequence: int, now_ms: int, cluster: ClusterSettings) -> bytes:
+def append_request(
+    raw: bytes, sequence: int, now_ms: int, cluster: ClusterSettings, producer_id: bytes = _PRODUCER
+) -> bytes:
     """What the gateway makes of a client's request when one shard owns everything."""
     spans, _ = message_spans(raw, 0, len(raw), 1)
     columns = decode_batch(raw, spans, 128, 8, 64, 65_536)
     hashes = hash_strings(raw, columns.song_starts, columns.song_sizes)
     split = split_batch(raw, columns, hashes, np.zeros(cluster.slots, np.int32), 1, cluster.resolution_ms)
-    header = batch_header(_PRODUCER, sequence, now_ms)
+    header = batch_header(producer_id, sequence, now_ms)
     part = split.parts[0]
     return b"".join((b"\x08", varint(sequence), b"\x1a", varint(len(header) + len(part)), header, part))
 
 
-def _requests(options: Options, cluster: ClusterSettings) -> list[bytes]:
-    pool = PlayPool(options.songs, 1.0, options.batch_plays, options.plays)
+def requests(
+    plays: int, songs: int, batch_plays: int, cluster: ClusterSettings, producer_id: bytes = _PRODUCER
+) -> list[bytes]:
+    """AppendRequests with plays of songs by Zipf's law, a batch each."""
+    pool = PlayPool(songs, 1.0, batch_plays, plays)
     pool.stamp(0)
     now_ms = time.time_ns() // 1_000_000
     made = []
-    for turn in range(max(1, options.plays // options.batch_plays)):
-        raw = request(pool.batch(turn, 0), _PRODUCER, turn + 1, now_ms)
-        made.append(append_request(raw, turn + 1, now_ms, cluster))
+    for turn in range(max(1, plays // batch_plays)):
+        raw = request(pool.batch(turn, 0), producer_id, turn + 1, now_ms)
+        made.append(append_request(raw, turn + 1, now_ms, cluster, producer_id))
     return made
 
 
@@ -76,8 +81,8 @@ def run(options: Options) -> Report:
     """
     report = Report(TITLE)
     cluster = ClusterSettings()
-    requests = _requests(options, cluster)
-    plays = len(requests) * options.batch_plays
+    made = requests(options.plays, options.songs, options.batch_plays, cluster)
+    plays = len(made) * options.batch_plays
     with scratch_directory(options.data_dir) as scratch:
         settings = ShardSettings(topology="-", shard_id="shard-0", data_dir=str(scratch / "shard-0"))
 
@@ -89,8 +94,8 @@ def run(options: Options) -> Report:
         core = open_core()
         core.own(Identity("bench", settings.shard_id), range(cluster.slots))
         began = time.perf_counter()
-        for first in range(0, len(requests), options.group_batches):
-            answers = core.commit(requests[first : first + options.group_batches], time.time_ns() // 1_000_000)
+        for first in range(0, len(made), options.group_batches):
+            answers = core.commit(made[first : first + options.group_batches], time.time_ns() // 1_000_000)
             for answer in answers:
                 if isinstance(answer, Exception):
                     raise answer

@@ -9,7 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import bench_ingest, bench_memory, bench_query, bench_storage, bench_windows, figures, harness, plays
+from benchmarks import (
+    bench_ingest,
+    bench_memory,
+    bench_query,
+    bench_recovery,
+    bench_storage,
+    bench_windows,
+    figures,
+    harness,
+    plays,
+)
 from benchmarks.figures import Figure, Report, Target
 from benchmarks.harness import BenchmarkError
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
@@ -64,6 +74,14 @@ def test_memory_measures_an_entry(disk: Path) -> None:
 
 def test_storage_measures_a_core(disk: Path) -> None:
     report = bench_storage.run(bench_storage.Options(plays=4096, songs=200, batch_plays=256, data_dir=disk))
+    assert all(figure.value > 0 for figure in report.figures)
+
+
+def test_recovery_measures_snapshots_and_replay(disk: Path) -> None:
+    report = bench_recovery.run(
+        bench_recovery.Options(entries=2000, plays=4096, songs=200, batch_plays=256, rounds=2, data_dir=disk)
+    )
+    assert sum(figure.target is not None for figure in report.figures) == 4
     assert all(figure.value > 0 for figure in report.figures)
 
 

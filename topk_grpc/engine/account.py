@@ -179,7 +179,7 @@ def copy_state(state: ShardState) -> Copied:
                 copied.windows[key] = span.start, span.end, board.counts(span.ranking)
             sessions = board.sessions.get(window)
             if sessions is not None and sessions.end is not None:
-                told, columns = sessions.to_snapshot()
+                told, columns = sessions.to_snapshot(len(board))
                 certain = state.past.finest + sessions.gap + 1
                 copied.sessions[key] = certain, sessions.end, told["low"], columns
     return copied

@@ -224,12 +224,12 @@ class SessionSpan:
 
     # --- Snapshots ----------------------------------------------------------------------------------------------------
 
-    def to_snapshot(self) -> tuple[dict[str, Any], NDArray[np.int64]]:
-        """What JSON holds, and the columns, copied."""
+    def to_snapshot(self, known: int) -> tuple[dict[str, Any], NDArray[np.int64]]:
+        """What JSON holds, and the columns of so many entries, copied: not the room beside them, while writes wait."""
         meta = {
             "end": self.end, "low": self._low, "settled": self._settled, "uncertain": sorted(self._uncertain)
         }  # fmt: skip
-        return meta, self._columns.copy()
+        return meta, self._columns[:, :known].copy()
 
     def restore(self, meta: Mapping[str, Any], columns: NDArray[np.int64], count: Count) -> None:
         """Begins with what `to_snapshot` described; the ranking is empty."""

@@ -188,7 +188,7 @@ class ShardState:
         arrays: dict[str, NDArray[np.generic]] = {}
         for name, board in self.boards.items():
             for window, span in board.sessions.items():
-                meta, arrays[f"{len(told)}"] = span.to_snapshot()
+                meta, arrays[f"{len(told)}"] = span.to_snapshot(len(board))
                 told.append({"board": name, "window": str(window), "span": meta})
         return told, arrays
 
