@@ -112,7 +112,11 @@ def _snapshots(options: Options, path: Path, report: Report) -> None:
     def load() -> None:
         shard.start().close()
 
-    loads = [_seconds(load) for _ in range(options.rounds)]
+    loads, processor = [], []
+    for _ in range(options.rounds):
+        before = time.process_time()
+        loads.append(_seconds(load))
+        processor.append(time.process_time() - before)
     if shard.core.state.entries != entries:
         raise BenchmarkError(f"{shard.core.state.entries} entries came back, not {entries}")
     stored = sum(file.stat().st_size for folder in ("blocks", "snapshots") for file in (path / folder).rglob("*.np*"))
@@ -121,6 +125,7 @@ def _snapshots(options: Options, path: Path, report: Report) -> None:
         Figure.of(f"snapshot of {name}: writes held when it begins", held, "ms", Target("<=", _HELD_MS)),
         Figure.of(f"snapshot of {name}: writes held when it is done", used, "ms", Target("<=", _HELD_MS)),
         Figure.of(f"snapshot of {name}: loaded by a start in", loads, "s", Target("<=", _LOAD_SECONDS)),
+        Figure.of(f"snapshot of {name}: loaded, processor time", processor, "s"),
     ]
     report.notes.append(f"Snapshots: {entries:,} entries, {stored / 1e6:.0f} MB on disk with both generations.")
 
