@@ -126,6 +126,7 @@ class ServerSettings(_Checked):
     tls_ca: str = setting("", "path", "A PEM file with the CA of the cluster's own certificates. A shard with --tls-cert takes calls only from holders of a certificate signed by it; a gateway then speaks TLS with its shards, and trusts no other CA for them.")
     plaintext: bool = setting(False, "", "Allow an address that other machines can reach without TLS: only where the network or a proxy in front keeps others out. Plays, answers and tokens can be read on the way.")
     drain_seconds: float = setting(10.0, "s", "On SIGTERM: how long streams may take to send the acknowledgements they owe; then they are cut, and clients resend.", 0.1, 600)
+    stop_seconds: float = setting(25.0, "s", "On SIGTERM: after this time at the latest the process has ended, with status 0. A shard's last snapshot that takes longer is given up, and its next start replays more of the log. Keep it above drain_seconds, and below the patience of whoever stops the process (30 s in Kubernetes).", 0.1, 3600)
     exit_with_stdin: bool = setting(False, "", "Stop when standard input ends, and print `ready: HOST:PORT` on standard output: `topk up` starts its children so, and none outlives it.")
     log_level: str = setting("info", "", "debug, info, warning or error: the least level of the structured log lines on stderr.")
 

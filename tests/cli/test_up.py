@@ -154,6 +154,8 @@ def test_a_damaged_log_is_named(tmp_path: Path, start_up: Any, run_topk: Any) ->
     assert damaged.wait_end() == 1
     assert "shard-1 does not start" in error_line(damaged)
     assert str(segment.name) in error_line(damaged)
+    assert "exit status 3)" in error_line(damaged)  # and was not tried again, which could not help
+    assert not any("shard-1" in line and "started again" in line for line in damaged.errors)
     assert not damaged.lines  # never ready
     assert not damaged.children()
 

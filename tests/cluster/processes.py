@@ -66,12 +66,18 @@ def run_topk(*arguments: str, seconds: float = 60, **options: Any) -> subprocess
 class Server:
     """A process of the command line, with what it writes in files."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        settings: Mapping[str, str] | None = None,
+        command: Sequence[str] = TOPK,
+    ) -> None:
         self.out, self.err = log.with_suffix(".out"), log.with_suffix(".err")
         with self.out.open("ab") as out, self.err.open("ab") as err:
             self._read_from = err.tell()
             self.process = subprocess.Popen(
-                [*TOPK, *arguments],
+                [*command, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

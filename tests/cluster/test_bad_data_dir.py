@@ -116,7 +116,7 @@ class Copy:
         before = self.content()
         shard = self.start_shard()
         try:
-            assert shard.wait_end() == 1
+            assert shard.wait_end() == 3
         finally:
             shard.kill()
         (line,) = errors_of(shard)
@@ -305,7 +305,7 @@ def test_other_data_directory_is_refused(copy_of: Callable[[str], Copy], tmp_pat
     own = copy.shard.rename(tmp_path / "aside")
 
     shard = copy.start_shard()  # an empty directory, where there were plays
-    assert shard.wait_end() == 1
+    assert shard.wait_end() == 3
     assert "its plays are elsewhere or lost" in shard.stderr and "--data-dir" in shard.stderr
 
     shutil.rmtree(copy.shard)

@@ -6,9 +6,10 @@
 - The child's standard input is a pipe that nobody writes to. It ends when this process does, however that happens,
   and the child, told `--exit-with-stdin`, stops: so none outlives its supervisor, not even after kill -9.
 - A session of its own keeps a terminal's Ctrl-C away from the child: the supervisor stops them in its own order.
-- A child that was never ready and keeps ending has a cause that starting again does not cure (a damaged log, a port
-  in use): after `STARTS_MAX` starts it counts as failed, with the last line it wrote as the reason. One that was
-  ready once is started again for as long as the supervisor lives, at most every `BACKOFF_SECONDS_MAX`.
+- A child that was never ready and says by its exit status that starting it again cannot help (a damaged log, a wrong
+  setting) has failed, with the last line it wrote as the reason; one that keeps ending otherwise (a port in use) has
+  failed after `STARTS_MAX` starts. One that was ready once is started again for as long as the supervisor lives, at
+  most every `BACKOFF_SECONDS_MAX`: whatever is wrong with it now, the others go on serving.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from topk_grpc.cli.failures import FINAL, USAGE
 from topk_grpc.errors import ProcessFailedError
 
 STARTS_MAX: Final = 5
@@ -32,6 +34,7 @@ BACKOFF_SECONDS_MAX: Final = 5.0
 _LONG_LIFE_SECONDS: Final = 30.0
 _LINE_BYTES_MAX: Final = 1 << 16
 _KILL_SECONDS: Final = 5.0
+_HOPELESS: Final = frozenset({USAGE, FINAL})
 
 OnLine = Callable[[str, str], None]
 """Is called with a child's name and each line of its stderr."""
@@ -60,6 +63,7 @@ class Child:
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._last_line = ""
+        self._code = 0
 
     @property
     def pid(self) -> int | None:
@@ -106,10 +110,9 @@ class Child:
             ending = await self._run_once()
             if self._stopping:
                 return
-            if not self.was_ready and self.starts >= STARTS_MAX:
-                raise ProcessFailedError(
-                    f"{self.name} does not start ({ending}, {self.starts} times): {self._reason()}"
-                )
+            if not self.was_ready and (self._code in _HOPELESS or self.starts >= STARTS_MAX):
+                times = f", {self.starts} times" if self.starts > 1 else ""
+                raise ProcessFailedError(f"{self.name} does not start ({ending}{times}): {self._reason()}")
             if time.monotonic() - began > _LONG_LIFE_SECONDS:
                 wait_seconds = BACKOFF_SECONDS
             self._on_line(self.name, f"{ending}; it is started again in {wait_seconds:g} s")
@@ -136,7 +139,7 @@ class Child:
             await asyncio.gather(
                 self._pass_on(process.stderr, self._take_line), self._pass_on(process.stdout, self._take_output)
             )
-        code = await process.wait()
+        code = self._code = await process.wait()
         self.ready.clear()
         if code < 0:
             return f"ended by {signal.Signals(-code).name}"

@@ -137,12 +137,12 @@ class EmbeddedCluster:
 
     async def stop(self) -> None:
         """Stops the gateway, then the shards, each gracefully, and lets go of the data directory."""
-        # What is asked of the servers as drain_seconds, and some time to end.
-        drain_seconds = float(self._environment.get("TOPK_DRAIN_SECONDS") or _drain_seconds_default())
+        # Each has ended by itself within its stop_seconds.
+        seconds = float(self._environment.get("TOPK_STOP_SECONDS") or GatewaySettings(topology="-").stop_seconds) + 5
         try:
             if self.gateway is not None:
-                await self.gateway.stop(drain_seconds + 5)
-            await asyncio.gather(*(child.stop(drain_seconds + 5) for child in self.shards.values()))
+                await self.gateway.stop(seconds)
+            await asyncio.gather(*(child.stop(seconds) for child in self.shards.values()))
         finally:
             self.kill()
             self._let_go()
@@ -294,7 +294,3 @@ def _free_port(host: str, port: int) -> int:
                 "(0 takes a free one)"
             ) from error
         return int(probe.getsockname()[1])
-
-
-def _drain_seconds_default() -> float:
-    return GatewaySettings(topology="-").drain_seconds

@@ -1,15 +1,14 @@
 """The command `topk`: what can be said on the command line. Each command's work stands in a module of its own.
 
 Those modules are imported when their command runs, so that `topk top` does not wait for what only `topk ingest` needs.
-Exit status: 0 it worked, 1 it failed, 2 the command line is wrong. A user's mistake is one line on stderr, `error: …`;
-TOPK_DEBUG=1 adds the traceback.
+Exit status: 0 it worked, 1 it failed, 2 the command line is wrong; of a server also 3: starting it again cannot help. A
+user's mistake is one line on stderr, `error: …`; TOPK_DEBUG=1 adds the traceback.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -17,6 +16,7 @@ import typer
 
 from topk_grpc._version import VERSION
 from topk_grpc.cli import settings
+from topk_grpc.cli.failures import fail
 from topk_grpc.cli.reach import Reach, with_reach
 from topk_grpc.config import GatewaySettings, ShardSettings
 from topk_grpc.errors import TopKError
@@ -462,16 +462,9 @@ def run_commands(commands: typer.Typer) -> None:
     try:
         commands(prog_name="topk")
     except TopKError as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}")
+        fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _fail(message: str) -> None:
-    if os.environ.get("TOPK_DEBUG", "") not in ("", "0"):
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
-    sys.exit(1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from topk_grpc import kernels
+from topk_grpc.cli.failures import FINAL, FINAL_ERRORS, fail
 from topk_grpc.config import GatewaySettings, ShardSettings
 
 if TYPE_CHECKING:
@@ -56,4 +57,7 @@ def run_gateway(settings: GatewaySettings) -> None:
 def _run(server: Coroutine[Any, Any, None]) -> None:
     warn_if_slow()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(server)
+        try:
+            runner.run(server)
+        except FINAL_ERRORS as error:
+            fail(str(error), FINAL)

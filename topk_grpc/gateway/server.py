@@ -44,7 +44,7 @@ async def serve(settings: GatewaySettings) -> None:
         TopKError: it cannot start; the message says why and what to do.
     """
     startup.begin(settings, role="gateway")
-    stop = StopRequest().install(stdin=settings.exit_with_stdin)
+    stop = StopRequest().install(stdin=settings.exit_with_stdin, seconds=settings.stop_seconds)
     store = open_store(settings.topology)
     try:
         await _serve(settings, stop, store)
@@ -111,7 +111,7 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
         log.event("ready", address=address, cluster=topology.cluster_id, epoch=topology.epoch)
         _warn_if_open(settings)
         startup.tell_supervisor(settings, address)
-        await serve_until_stopped(servers, health, stop, settings.drain_seconds)
+        await serve_until_stopped(servers, health, stop, min(settings.drain_seconds, settings.stop_seconds))
         await service.close()
     finally:
         if following is not None:

@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, Never
 
 import grpc
 
@@ -23,12 +24,17 @@ class StopRequest:
 
     Install it before anything that takes long, so that a signal during recovery is heard too. A second signal means
     "now": `urgent` is set, and `graceful_stop` waits no longer.
+
+    Whatever hangs, the process has ended `seconds` after the first one: a thread of its own sees to that, since one
+    that waits for a disk cannot be told to stop, and holds up the interpreter's own end.
     """
 
     def __init__(self) -> None:
         self.urgent = asyncio.Event()
         self._asked = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._seconds: float | None = None
+        self._until = 0.0
         self.reason = ""
 
     @property
@@ -47,13 +53,22 @@ class StopRequest:
             self.urgent.set()
             return
         self.reason = reason
+        if self._seconds is not None:
+            self._until = self._loop.time() + self._seconds
+            threading.Thread(target=self._end_late, args=(self._seconds,), name="stop", daemon=True).start()
         self._asked.set()
 
-    def install(self, *, stdin: bool = False) -> StopRequest:
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the process may still take to end, once it was asked to; None: as long as it likes."""
+        return None if self._seconds is None else max(0.0, self._until - self._loop.time())
+
+    def install(self, *, stdin: bool = False, seconds: float | None = None) -> StopRequest:
         """Listens for SIGTERM and SIGINT and, if asked, for the end of standard input.
 
         Args:
             stdin: the parent holds the other end of a pipe and thereby lets this process end with it, however it ends.
+            seconds: this long after it was asked to the process has ended, with status 0; None: there is no bound.
 
         Returns:
             Itself.
@@ -78,6 +93,21 @@ class StopRequest:
         """
         await self._asked.wait()
         return self.reason
+
+    @staticmethod
+    def end_now() -> Never:
+        """Ends the process with status 0 and waits for no thread. What it holds on disk must be safe to leave so."""
+        sys.stderr.flush()
+        os._exit(0)
+
+    def _end_late(self, seconds: float) -> None:
+        time.sleep(seconds)
+        log.warning(
+            "stop_given_up",
+            consequence="what was not finished is left to the next start",
+            stop_seconds=seconds,
+        )
+        self.end_now()
 
     def _watch_stdin(self) -> None:
         try:

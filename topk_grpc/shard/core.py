@@ -554,10 +554,18 @@ class ShardCore:
         if self._recovery is not None:
             self._open_log.delete_before(self._recovery.snapshots.kept_position())
 
-    def close(self) -> None:
-        """Closes log and directory."""
+    def seal(self) -> None:
+        """Closes the log, so that the next start finds its end for certain. Nothing can be changed any more.
+
+        Raises:
+            WriteFailedError: that could not be made durable; no group is lost by that.
+        """
         if self._log is not None:
             self._log.close()
+
+    def close(self) -> None:
+        """Closes log and directory. Nobody may be at a snapshot: others can have the directory from here on."""
+        self.seal()
         self._directory.close()
 
 

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -287,19 +287,62 @@ class ShardOwner:
             writes_held_seconds=round(copied - started, 3),
         )
 
-    async def close(self, *, snapshot: bool) -> None:
-        """Takes what is queued through and, if asked, a last snapshot: a start then has no log to replay. Ends."""
+    async def close(self, *, snapshot: bool, seconds: float | None = None, urgent: asyncio.Event | None = None) -> bool:
+        """Takes what is queued through and, if asked, a last snapshot: a start then has no log to replay. Ends.
+
+        Args:
+            snapshot: whether to take one.
+            seconds: how long all of it may take; a snapshot that takes longer is given up.
+            urgent: when set, a snapshot is given up at once.
+
+        Returns:
+            Whether everything has ended. If not, a thread still waits for the disk: the process has to end without it.
+            The log is sealed all the same, unless it is the log that waits.
+        """
+        until = None if seconds is None else asyncio.get_running_loop().time() + seconds
         self._closing = True
         self._stopping.set()
         self._work.set()
-        await self._loop_task
-        await asyncio.gather(*self._tasks)
-        if snapshot and not self.failed.done() and self._core.snapshot_log_bytes:
-            await self._take_snapshot()
+        if not await _end_in_time([self._loop_task], until):
+            log.warning("stop_unfinished", consequence="the log waits for the disk: it is not sealed")
+            return False
+        tasks = list(self._tasks)
+        if snapshot:
+            tasks.append(asyncio.create_task(self._take_last_snapshot(list(self._tasks))))
+        ended = await _end_in_time(tasks, until, urgent)
+        if not ended:
+            log.warning("snapshot_given_up", consequence="the next start replays more of the log")
         if not self.failed.done():
-            self._core.close()
-        self._writer.shutdown()
-        self._snapshots.shutdown()
+            self._core.seal()
+        if ended:
+            if not self.failed.done():
+                self._core.close()
+            self._writer.shutdown()
+            self._snapshots.shutdown()
+        return ended
+
+    async def _take_last_snapshot(self, others: list[asyncio.Task[None]]) -> None:
+        await asyncio.gather(*others)
+        if not self.failed.done() and self._core.snapshot_log_bytes:
+            await self._take_snapshot()
+
+
+async def _end_in_time(
+    tasks: Sequence[asyncio.Task[None]], until: float | None, urgent: asyncio.Event | None = None
+) -> bool:
+    """Waits for all of them; not beyond a time of the loop, nor when it has become urgent. Whether they have ended."""
+    hurry = None if urgent is None else asyncio.ensure_future(urgent.wait())
+    everything = asyncio.gather(*tasks)
+    try:
+        left = None if until is None else max(0.0, until - asyncio.get_running_loop().time())
+        watched: list[asyncio.Future[Any]] = [everything] if hurry is None else [everything, hurry]
+        await asyncio.wait(watched, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if everything.done():
+            everything.result()
+        return everything.done()
+    finally:
+        if hurry is not None:
+            hurry.cancel()
 
 
 def _stand_back() -> None:

@@ -25,6 +25,10 @@ from topk_grpc.topology.store import TopologyStore, open_store
 SERVICE = "topk.v1.ShardService"
 
 
+_SEAL_SECONDS = 0.5
+"""What is kept of the time to stop for the log's seal, when a snapshot was given up."""
+
+
 async def serve(settings: ShardSettings, files: Files | None = None) -> None:
     """Runs a shard until SIGTERM or SIGINT.
 
@@ -36,7 +40,7 @@ async def serve(settings: ShardSettings, files: Files | None = None) -> None:
         TopKError: it cannot start (the message says why and what to do), or its log failed.
     """
     startup.begin(settings, role="shard", shard=settings.shard_id)
-    stop = StopRequest().install(stdin=settings.exit_with_stdin)
+    stop = StopRequest().install(stdin=settings.exit_with_stdin, seconds=settings.stop_seconds)
     store = open_store(settings.topology)
     try:
         await _serve(settings, stop, store, files)
@@ -73,7 +77,7 @@ async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStor
     add_reflection(server, [SERVICE])
     await server.start()
     try:
-        await _recover(core, settings)
+        await _recover(core, settings, stop)
         core.own(identity, topology.slots_of(settings.shard_id))
         core.configure(now_ms())
         owner = ShardOwner(core, settings)
@@ -90,10 +94,21 @@ async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStor
         raise
 
 
-async def _recover(core: ShardCore, settings: ShardSettings) -> None:
+async def _recover(core: ShardCore, settings: ShardSettings, stop: StopRequest) -> None:
+    """Recovers; ends the process where it is asked to stop meanwhile.
+
+    Until the last step recovery changes nothing on disk, and that one can be left in its middle.
+    """
     started = time.monotonic()
     with ThreadPoolExecutor(1, "recovery") as thread:
-        notes = await asyncio.get_running_loop().run_in_executor(thread, core.recover)
+        recovering = asyncio.get_running_loop().run_in_executor(thread, core.recover)
+        asked = asyncio.ensure_future(stop.wait())
+        await asyncio.wait((recovering, asked), return_when=asyncio.FIRST_COMPLETED)
+        if not recovering.done():
+            log.event("stopped", reason=stop.reason, recovering=True)
+            stop.end_now()
+        asked.cancel()
+        notes = recovering.result()
     for note in notes:
         log.warning("recovery_note", note=note, data_dir=settings.data_dir)
     log.event(
@@ -111,7 +126,14 @@ async def _serve_until_stopped(
         asked.cancel()
         failure: TopKError = owner.failed.result()
         raise failure
-    log.event("stopping", reason=asked.result(), drain_seconds=settings.drain_seconds)
-    await graceful_stop(servers, health, settings.drain_seconds, stop.urgent)
-    await owner.close(snapshot=True)
+    drain_seconds = min(settings.drain_seconds, settings.stop_seconds)
+    log.event("stopping", reason=asked.result(), drain_seconds=drain_seconds, stop_seconds=settings.stop_seconds)
+    await graceful_stop(servers, health, drain_seconds, stop.urgent)
+    left = settings.stop_seconds if stop.seconds_left is None else stop.seconds_left
+    ended = await owner.close(snapshot=True, seconds=max(0.0, left - _SEAL_SECONDS), urgent=stop.urgent)
+    if owner.failed.done():
+        failure = owner.failed.result()
+        raise failure
     log.event("stopped")
+    if not ended:
+        stop.end_now()
