@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.processes import Cluster, entries_of, ranked, run_topk, top_k
+from tests.cluster.processes import Cluster, entries_of, environment, ranked, run_topk, top_k
 from topk_grpc.pb.topk.v1 import play_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 
@@ -21,6 +24,27 @@ pytestmark = pytest.mark.cluster
 NOW = 1_700_000_000_000
 SETTINGS = {"TOPK_SNAPSHOT_SECONDS": "1", "TOPK_SEGMENT_BYTES": str(1 << 16)}
 BATCHES = 90
+
+KILLED = """
+import os, signal, sys
+from topk_grpc.storage.files import OsFiles
+
+left = int(sys.argv.pop(1))
+
+def before(method):
+    def call(*arguments, **options):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return method(*arguments, **options)
+    return call
+
+for name in ("create", "rename", "remove", "make_directory", "sync_directory"):
+    setattr(OsFiles, name, before(getattr(OsFiles, name)))
+from topk_grpc.cli.main import main
+main()
+"""
 
 
 @pytest.fixture
@@ -140,3 +164,35 @@ def test_a_restore_that_was_interrupted_is_told_of_and_begins_anew(cluster: Clus
     empty = run_topk("restore", str(tmp_path), "--data-dir", str(tmp_path / "new"))
     assert empty.returncode == 1
     assert "holds no backups" in empty.stderr
+
+
+def killed_after(operations: int, *arguments: str) -> bool:
+    """Runs a command that is killed after so many file operations; whether it was."""
+    command = [sys.executable, "-c", KILLED, str(operations), *arguments]
+    code = subprocess.run(command, check=False, capture_output=True, timeout=60, env=environment()).returncode
+    assert code in {0, -signal.SIGKILL}
+    return code != 0
+
+
+def test_a_backup_and_a_restore_killed_on_the_way_are_whole_or_said_not_to_be(cluster: Cluster, tmp_path: Path) -> None:
+    target = tmp_path / "backups"
+    send(cluster, range(9))
+    cluster.stop()
+    back_up = ["backup", "--data-dir", str(cluster.data_dir), "--to", str(target)]
+    for operations in (2, 7, 20, 45):
+        killed_after(operations, *back_up)
+        listed = run_topk("restore", str(target), "--list", "--json")
+        if listed.returncode == 0:
+            assert all(len(one["shards"]) == 2 for one in json.loads(listed.stdout)["backups"])
+        else:
+            assert "holds no backups" in listed.stderr
+    last = topk(*back_up)["backup"]
+    assert topk("restore", str(target), "--check")["backup"] == last
+    for operations in (1, 4, 12, 30, 60):
+        half = tmp_path / f"half-{operations}"
+        restore = ["restore", str(target), "--data-dir", str(half)]
+        if killed_after(operations, *restore):
+            assert run_topk("audit", "--data-dir", str(half)).returncode == 1
+            topk(*restore)
+        told = topk("audit", "--data-dir", str(half))
+        assert sum(shard["plays"] for shard in told["shards"]) == 9 * 150
