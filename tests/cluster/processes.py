@@ -239,12 +239,18 @@ class Cluster:
         found: pb.DescribeClusterResponse = wait_for(whole, READY_SECONDS, "the gateway reaches every shard")
         return found
 
-    def add_gateway(self) -> str:
-        """Starts one more gateway on the same topology."""
+    def add_gateway(self, settings: Mapping[str, str] | None = None) -> str:
+        """Starts one more gateway on the same topology; these settings come before the cluster's."""
         arguments = ["gateway", "--topology", self.topology, "--listen", "127.0.0.1:0"]
-        gateway = Server(arguments, self.root / f"gateway-{len(self._gateways)}", self._settings)
+        changed = dict(self._settings or {}) | dict(settings or {})
+        gateway = Server(arguments, self.root / f"gateway-{len(self._gateways)}", changed)
         self._gateways.append(gateway)
         return gateway.wait_ready()
+
+    @property
+    def newest_gateway(self) -> Server:
+        """The last that `add_gateway` has started."""
+        return self._gateways[-1]
 
     def stop(self) -> None:
         """SIGTERM, as Ctrl-C does; every shard then takes a snapshot."""

@@ -130,6 +130,6 @@ def _record_seeds() -> list[bytes]:
 
 
 TARGETS = (
-    Target("admission", admission, _admission_seeds, 20, 300),
-    Target("records", records, _record_seeds, 10, 200),
+    Target("admission", admission, _admission_seeds, 4, 300),
+    Target("records", records, _record_seeds, 5, 200),
 )

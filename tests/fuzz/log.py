@@ -202,6 +202,6 @@ def _replay_seeds() -> list[bytes]:
 
 
 TARGETS = (
-    Target("segment", segment_bytes, _segment_seeds, 1000, 200),
-    Target("replay", replay, _replay_seeds, 400, 200),
+    Target("segment", segment_bytes, _segment_seeds, 350, 200),
+    Target("replay", replay, _replay_seeds, 25, 200),
 )

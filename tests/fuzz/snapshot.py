@@ -337,9 +337,9 @@ def _store_seeds() -> list[bytes]:
 
 
 TARGETS = (
-    Target("manifest", manifest, _manifest_seeds, 20, 1200),
-    Target("column", column, lambda: _change_seeds(_COLUMN), 20, 400),
-    Target("arrays", arrays, lambda: _change_seeds(_NPZ), 15, 1200),
-    Target("store", store, _store_seeds, 5, 200),
-    Target("restore", restore, _restore_seeds, 10, 200),
+    Target("manifest", manifest, _manifest_seeds, 10, 1200),
+    Target("column", column, lambda: _change_seeds(_COLUMN), 10, 400),
+    Target("arrays", arrays, lambda: _change_seeds(_NPZ), 10, 1200),
+    Target("store", store, _store_seeds, 3, 200),
+    Target("restore", restore, _restore_seeds, 3, 200),
 )

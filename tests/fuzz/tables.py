@@ -105,7 +105,7 @@ def _seeds() -> list[bytes]:
 
 
 TARGETS = (
-    Target("marks", marks, _seeds, 100, 100),
-    Target("strings", strings, _seeds, 100, 120),
-    Target("pairs", pairs, _seeds, 70, 120),
+    Target("marks", marks, _seeds, 20, 100),
+    Target("strings", strings, _seeds, 20, 120),
+    Target("pairs", pairs, _seeds, 15, 120),
 )

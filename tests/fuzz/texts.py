@@ -194,9 +194,9 @@ def _format_seeds() -> list[bytes]:
 
 
 TARGETS = (
-    Target("texts", texts, _text_seeds, 170, 60),
-    Target("messages", messages, _message_seeds, 200, 200),
+    Target("texts", texts, _text_seeds, 300, 60),
+    Target("messages", messages, _message_seeds, 1100, 200),
     Target("tokens", tokens, _token_seeds, 50, 60),
-    Target("topology", topology, _topology_seeds, 40, 400),
-    Target("format", format_file, _format_seeds, 20, 200),
+    Target("topology", topology, _topology_seeds, 30, 400),
+    Target("format", format_file, _format_seeds, 10, 200),
 )

@@ -264,9 +264,9 @@ def _round_trip_seeds() -> list[bytes]:
 
 
 TARGETS = (
-    Target("request", request, request_seeds, 3400, 200),
-    Target("append", append, append_seeds, 2400, 250),
-    Target("gateway", gateway, request_seeds, 1000, 200),
-    Target("split", split_batches, _split_seeds, 700, 200),
-    Target("round_trip", round_trip, _round_trip_seeds, 250, 120),
+    Target("request", request, request_seeds, 5500, 200),
+    Target("append", append, append_seeds, 1500, 250),
+    Target("gateway", gateway, request_seeds, 750, 200),
+    Target("split", split_batches, _split_seeds, 200, 200),
+    Target("round_trip", round_trip, _round_trip_seeds, 50, 120),
 )

@@ -24,6 +24,7 @@ from topk_grpc.rpc.lifecycle import StopRequest, serve_until_stopped
 from topk_grpc.rpc.server import (
     CONCURRENT_CALLS_MAX,
     Health,
+    Patience,
     add_raw_handlers,
     add_reflection,
     bind,
@@ -68,6 +69,12 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
         # Watches are many and idle: they have a bound of their own, and must not keep plays and queries out.
         concurrent_calls_max=CONCURRENT_CALLS_MAX + settings.watches_max,
         access=access,
+        patience=Patience(
+            settings.handshake_seconds,
+            settings.connection_idle_seconds,
+            settings.connection_age_seconds,
+            settings.stream_age_seconds,
+        ),
     )
     health = Health()
     await health.register(server)

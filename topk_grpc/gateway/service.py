@@ -71,15 +71,21 @@ class TopKService(_Base):  # type: ignore[misc]
         """The raw StreamPlays: reads on while batches are under way, acknowledges in order."""
         leave = asyncio.Event()
         age = self._settings.stream_age_seconds * random.uniform(0.9, 1.0)
-        timer = asyncio.get_running_loop().call_later(age, leave.set)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(age, leave.set)
+        idle_seconds = self._settings.stream_idle_seconds
+        idle = loop.call_later(idle_seconds, leave.set)
         drained = asyncio.create_task(self._leave_on_drain(leave))
         acks: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(self._settings.stream_batches_max)
         room = asyncio.Semaphore(self._settings.stream_batches_max)
 
         async def read_all() -> None:
+            nonlocal idle
             try:
                 async with aclosing(messages(requests, leave)) as incoming:
                     async for raw in incoming:
+                        idle.cancel()
+                        idle = loop.call_later(idle_seconds, leave.set)
                         await room.acquire()
                         begun = await self._recorder.begin(raw, leave)
                         if begun is None:
@@ -96,6 +102,7 @@ class TopKService(_Base):  # type: ignore[misc]
             await reader
         finally:
             timer.cancel()
+            idle.cancel()
             tasks: list[asyncio.Task[Any]] = [reader, drained]
             while not acks.empty():
                 if (left := acks.get_nowait()) is not None:

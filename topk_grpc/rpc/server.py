@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
@@ -22,6 +23,7 @@ from topk_grpc.rpc.lifecycle import StopRequest, graceful_stop, serve_until_stop
 __all__ = [
     "ErrorInterceptor",
     "Health",
+    "Patience",
     "StopRequest",
     "add_raw_handlers",
     "add_reflection",
@@ -38,6 +40,37 @@ HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 CONCURRENT_CALLS_MAX: Final = 4096
 """Calls under way on one server; one more is refused with RESOURCE_EXHAUSTED."""
 
+STREAMS_PER_CONNECTION_MAX: Final = 1000
+"""Calls under way on one connection; one more waits at the client, as HTTP/2 has it."""
+
+METADATA_BYTES_MAX: Final = 16 << 10
+"""All metadata of a call together; a call with more is refused with RESOURCE_EXHAUSTED."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a server bears with connections, in seconds.
+
+    Attributes:
+        handshake: until they have introduced themselves: who says nothing, or half of it, holds a descriptor.
+        idle: without a call.
+        age: until they take no new calls; 0: for ever.
+        grace: after that, until what is still under way is cut.
+    """
+
+    handshake: float = 10.0
+    idle: float = 900.0
+    age: float = 0.0
+    grace: float = 0.0
+
+    def options(self) -> list[tuple[str, int]]:
+        """As gRPC has them."""
+        chosen = {"grpc.server_handshake_timeout_ms": self.handshake, "grpc.max_connection_idle_ms": self.idle}
+        if self.age:
+            chosen |= {"grpc.max_connection_age_ms": self.age, "grpc.max_connection_age_grace_ms": self.grace}
+        return [(name, min(int(seconds * 1000), (1 << 31) - 1)) for name, seconds in chosen.items()]
+
+
 UnaryHandler = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], Awaitable[bytes]]
 StreamHandler = Callable[[AsyncIterator[bytes], "grpc.aio.ServicerContext[bytes, bytes]"], Any]
 
@@ -47,6 +80,7 @@ def create_server(
     *,
     concurrent_calls_max: int = CONCURRENT_CALLS_MAX,
     access: grpc.aio.ServerInterceptor | None = None,
+    patience: Patience = Patience(),
 ) -> grpc.aio.Server:
     """A server whose handlers may raise any error of errors.py.
 
@@ -55,6 +89,7 @@ def create_server(
             are as large as they are: the limits of queries bound them.
         concurrent_calls_max: calls under way; one more is refused with RESOURCE_EXHAUSTED.
         access: is asked who may call, before any handler; None: everybody may.
+        patience: with connections.
     """
     return grpc.aio.server(
         interceptors=[ErrorInterceptor(), *([] if access is None else [access])],
@@ -63,16 +98,19 @@ def create_server(
             ("grpc.so_reuseport", 0),  # on, a second server would bind a used port without a word
             ("grpc.max_receive_message_length", message_bytes_max),
             ("grpc.max_send_message_length", -1),
+            ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+            # The lower of the two begins to refuse by chance, so they are the same.
+            ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+            ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
             # Clients may ping each 10 s, with or without calls; the default answers that with "too many pings".
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
-            # Who connects and says nothing, or half a handshake, holds a descriptor for so long; the default is 120 s.
-            ("grpc.server_handshake_timeout_ms", 10_000),
             # A client that vanished without a word is noticed within 80 s.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.ping_timeout_ms", 20_000),  # of all pings, those that gRPC sends for its own ends too
+            *patience.options(),
         ],
     )
 

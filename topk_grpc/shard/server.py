@@ -14,7 +14,15 @@ from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
 from topk_grpc.rpc import log, startup
 from topk_grpc.rpc.access import AccessInterceptor, ClusterGate
 from topk_grpc.rpc.lifecycle import StopRequest, graceful_stop
-from topk_grpc.rpc.server import Health, add_raw_handlers, add_reflection, bind, create_server, start_health_server
+from topk_grpc.rpc.server import (
+    Health,
+    Patience,
+    add_raw_handlers,
+    add_reflection,
+    bind,
+    create_server,
+    start_health_server,
+)
 from topk_grpc.shard.core import Identity, ShardCore
 from topk_grpc.shard.owner import ShardOwner, now_ms
 from topk_grpc.shard.registration import check_directory, find_shard, register
@@ -63,6 +71,7 @@ async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStor
     server = create_server(
         settings.message_bytes_max * 4,  # parts of several clients' messages travel together
         access=AccessInterceptor(ClusterGate(topology.secret)),
+        patience=Patience(settings.handshake_seconds, settings.connection_idle_seconds),
     )
     health = Health()
     await health.register(server)
