@@ -23,6 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -46,6 +47,8 @@ from tests.faults.traffic import (
     now_ms,
 )
 from tests.faults.weather import Weather
+from topk_grpc import TopKClient
+from topk_grpc.errors import UnavailableError
 from topk_grpc.model import Answer
 from topk_grpc.rpc.channels import open_channel
 
@@ -179,6 +182,7 @@ class Storm:
     async def run(self) -> Report:
         try:
             await self._cluster.start()
+            await self._wait_whole()
             self._breakage = Breakage(self._cluster, self._weather, self._find, self._began)
             await self._blow(self._breakage)
         finally:
@@ -187,6 +191,20 @@ class Storm:
             await self._cluster.close()
             self._fill_report()
         return self.report
+
+    async def _wait_whole(self) -> None:
+        """Returns when each gateway has heard where the shards are."""
+        async with asyncio.timeout(CALM_SECONDS):
+            for address in self._cluster.addresses.values():
+                async with TopKClient([address], deadline_seconds=10) as client:
+                    while not await self._answers(client):
+                        await asyncio.sleep(0.1)
+
+    @staticmethod
+    async def _answers(client: TopKClient) -> bool:
+        with suppress(UnavailableError):
+            return (await client.top_k("global", 1)).certificate.complete
+        return False
 
     def _fill_report(self) -> None:
         report, breakage = self.report, self._breakage
