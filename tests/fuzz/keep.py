@@ -7,8 +7,8 @@ import shutil
 from tests.fuzz.run import COMMITTED, WORK
 from tests.fuzz.targets import NAMES
 
-BYTES_EACH = 30_000
-FILES_EACH = 250
+BYTES_EACH = 20_000
+FILES_EACH = 60
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
         found = sorted((WORK / "corpus" / name).glob("*"), key=lambda path: (path.stat().st_size, path.name))
         target = COMMITTED / name
         target.mkdir(parents=True, exist_ok=True)
-        room = BYTES_EACH - sum(path.stat().st_size for path in target.glob("*"))
+        room = BYTES_EACH
         for path in [path for path in found if not path.name.startswith("seed-")][:FILES_EACH]:
             room -= path.stat().st_size
             if room < 0:
