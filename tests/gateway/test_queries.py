@@ -197,7 +197,7 @@ async def test_as_of_names_the_pane(cluster: Cluster) -> None:
 
 async def test_a_missing_shard_fails_the_query_or_is_named(cluster: Cluster) -> None:
     await cluster.begin(3)
-    gateway = await cluster.gateway(query_seconds=0.8)
+    gateway = await cluster.gateway(query_seconds=2)
     tally = await load(gateway, random_plays(9))
     owners = (await cluster.store.read()).owners
     await cluster.shards[1].kill()
