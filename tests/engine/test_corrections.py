@@ -331,3 +331,12 @@ def test_any_traffic_with_corrections_is_decided_and_counted_as_the_naive_shard_
         for board in traffic.shard.state.boards.values():
             assert all(block.counts.all() for block in board.cells.blocks.values())
             assert (board.counts() >= 0).all()
+
+
+def test_settings_of_an_empty_shard_do_not_age_plays_of_before_1970() -> None:
+    shard = new_shard(tiers="1s:5m,20s:20m")
+    shard.let_stand(())
+    early = play("a", 2, "US", at=-NOW)
+    shard.submit(part(1, early))
+    assert rejects(shard, part(2, play("a", -2, "US", at=-NOW), play("a", -1, at=-NOW))) == [refused(1)]
+    assert count(shard, "a") == 0

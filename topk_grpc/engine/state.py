@@ -97,7 +97,10 @@ class ShardState:
     def configure(self, tiers: Sequence[Tier], standing: Iterable[Window]) -> None:
         """Keeps plays in these tiers and these windows standing from here on."""
         windows = tuple(standing)
-        self.tiers = self.tiers.changed(tiers, windows, self.newest_event_ms)
+        if self.oldest_event_ms is None:
+            self.tiers = Tiers(tiers, windows)  # nothing has been rolled up: no time stands behind a newest play of 0
+        else:
+            self.tiers = self.tiers.changed(tiers, windows, self.newest_event_ms)
         self.standing.set(windows)
 
     def can_cut(self, bounds: Bounds) -> bool:
