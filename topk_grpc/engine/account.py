@@ -211,7 +211,7 @@ def account(copied: Copied) -> Account:
     for key, (start, end, counts) in copied.windows.items():
         windows[key] = window_account(start, end, tables[key[1]], counts)
     for key, (certain, end, low, columns) in copied.sessions.items():
-        starts, lasts, plays = columns[:, : len(tables[key[1]].counts)]
+        starts, lasts, plays = columns[:3, : len(tables[key[1]].counts)]
         held = np.flatnonzero((plays > 0) & (lasts >= low) & (starts >= certain))
         windows[key] = session_account(certain, end, tables[key[1]], held, starts[held], lasts[held], plays[held])
     numbers = {number: name for name, number, _, _ in copied.producers}

@@ -1,9 +1,10 @@
 """Standing sessions: each entry's last session, carried forward as plays arrive.
 
 Theory of operation. For a gap and a position `end` this holds, for every entry, the last session among the plays in
-buckets before `end`, open or not: first bucket, last bucket, plays. A play that comes in the order of time begins a
-session or prolongs it (kernels/sessions.py). A play that joins two sessions, and one that is taken back, are seen to
-from the cells, for the entries concerned. A play in bucket `end` or after it waits in its cell until the position has
+buckets before `end`, open or not: first bucket, last bucket, plays; and a bucket after which nothing was played until
+it began. A play that comes in the order of time, or late and with nothing in the gap before it, begins a session or
+prolongs it (kernels/sessions.py). A play that may join two sessions, and one that is taken back, are seen to from the
+cells, for the entries concerned. A play in bucket `end` or after it waits in its cell until the position has
 moved there. The ranking counts the plays of open sessions only: when the position moves, those that nobody has
 prolonged fall silent, and they are found among the cells of the buckets that the gap no longer covers.
 
@@ -17,7 +18,7 @@ What is not known: sessions that ended before `settled`, when this began. Nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ from topk_grpc.engine.rankings import Ranking
 from topk_grpc.engine.sessions import Past, Sessions, last_sessions, played_within
 from topk_grpc.engine.spans import span_sums
 from topk_grpc.kernels.sessions import carry_forward
+
+_COLUMNS: Final = 4  # starts, lasts, plays, priors: see kernels/sessions.py
 
 Count = Callable[[NDArray[np.int32], NDArray[np.int64]], None]
 """Adds plays to entries in the span's ranking."""
@@ -51,7 +54,7 @@ class SessionSpan:
         self.end: int | None = None
         self._low = 0
         self._settled = 0
-        self._columns: NDArray[np.int64] = np.zeros((3, 0), np.int64)
+        self._columns: NDArray[np.int64] = np.zeros((_COLUMNS, 0), np.int64)
         self._uncertain: set[int] = set()
 
     @property
@@ -62,7 +65,7 @@ class SessionSpan:
     def _reserve(self, entries: int) -> None:
         known = self._columns.shape[1]
         if entries > known:
-            columns = np.zeros((3, max(entries, 2 * known)), np.int64)
+            columns = np.zeros((_COLUMNS, max(entries, 2 * known)), np.int64)
             columns[:, :known] = self._columns
             self._columns = columns
 
@@ -96,10 +99,10 @@ class SessionSpan:
         rows = len(entries)
         changed, deltas = np.empty(rows, np.int32), np.empty(rows, np.int64)
         unclear, results = np.empty(rows, np.int32), np.empty(2, np.int64)
-        starts, lasts, plays = self._columns
+        starts, lasts, plays, priors = self._columns
         carry_forward(
-            starts, lasts, plays, entries, buckets, counts, past.finest, self._settled, self._low, self.end, self.gap,
-            changed, deltas, unclear, results, rows,
+            starts, lasts, plays, priors, entries, buckets, counts, past.finest, self._settled, self._low, self.end,
+            self.gap, changed, deltas, unclear, results, rows,
         )  # fmt: skip
         changes, left = results.tolist()
         if changes:
@@ -118,7 +121,7 @@ class SessionSpan:
         count: Count,
     ) -> None:
         """A bucket that keeps some plays stays in its session; where one is emptied the session may fall apart."""
-        starts, lasts, plays = (column[entries] for column in self._columns)
+        starts, lasts, plays = (column[entries] for column in self._columns[:3])
         inside = (plays > 0) & (starts <= buckets) & (buckets <= lasts) & (buckets < (self.end or 0))
         old = inside & (buckets < past.finest) & (self._all_time(entries) > 0)
         # Which plays of a coarser bucket are the session's nobody knows.
@@ -143,13 +146,14 @@ class SessionSpan:
         wanted = np.zeros(known, np.bool_)
         wanted[entries] = True
         found, certain = last_sessions(store, wanted, self.gap, self.end or 0, past)
-        starts, lasts, plays = self._columns
+        starts, lasts, plays, priors = self._columns
         before = self._open_plays(entries)
         # One that began before the finest buckets, and has nothing in them any more, ended where nobody can see.
         old = (plays[entries] > 0) & (starts[entries] < past.finest) & (self._all_time(entries) > 0)
         lost = np.setdiff1d(entries[old], found.entries)
         plays[np.setdiff1d(entries, lost)] = 0
         starts[found.entries], lasts[found.entries], plays[found.entries] = found.starts, found.lasts, found.counts
+        priors[found.entries] = found.starts - self.gap - 1
         self._uncertain -= set(entries.tolist())
         self._uncertain |= {*found.entries[~certain].tolist(), *lost.tolist()}
         deltas = self._open_plays(entries) - before
@@ -157,7 +161,7 @@ class SessionSpan:
             count(entries[deltas != 0], deltas[deltas != 0])
 
     def _open_plays(self, entries: NDArray[np.int32]) -> NDArray[np.int64]:
-        _, lasts, plays = self._columns
+        _, lasts, plays, _ = self._columns
         return np.where(lasts[entries] >= self._low, plays[entries], 0)
 
     # --- Position -----------------------------------------------------------------------------------------------------
@@ -165,7 +169,7 @@ class SessionSpan:
     def fold(self) -> None:
         """Stands nowhere; the ranking is emptied by its owner."""
         self.end = None
-        self._columns = np.zeros((3, 0), np.int64)
+        self._columns = np.zeros((_COLUMNS, 0), np.int64)
         self._uncertain = set()
 
     def move(self, store: CellStore, end: int, known: int, past: Past, count: Count) -> None:
@@ -190,7 +194,7 @@ class SessionSpan:
                 self.add(store, entries[rows], buckets[rows], counts[rows], known, past, count)
         # Then those that nobody has prolonged fall silent.
         low, self._low = self._low, end - 1 - self.gap
-        _, lasts, plays = (column[:known] for column in self._columns)
+        _, lasts, plays, _ = (column[:known] for column in self._columns)
         silent = played_within(store, known, low, self._low) & (lasts >= low) & (lasts < self._low) & (plays > 0)
         entries = np.flatnonzero(silent).astype(np.int32)
         if len(entries):
@@ -201,7 +205,8 @@ class SessionSpan:
         self._settled = max(end - 1 - 2 * self.gap, past.finest)
         played = played_within(store, known, self._settled, end)
         sessions, certain = last_sessions(store, played, self.gap, end, past)
-        for column, values in zip(self._columns, (sessions.starts, sessions.lasts, sessions.counts), strict=True):
+        values_of = (sessions.starts, sessions.lasts, sessions.counts, sessions.starts - self.gap - 1)
+        for column, values in zip(self._columns, values_of, strict=True):
             column[sessions.entries] = values
         self._uncertain = set(sessions.entries[~certain].tolist())
         is_open = sessions.lasts >= self._low
@@ -219,7 +224,7 @@ class SessionSpan:
 
     def sessions(self, entries: NDArray[np.int32]) -> Sessions:
         """The sessions of entries, which are open."""
-        starts, lasts, plays = self._columns
+        starts, lasts, plays, _ = self._columns
         return Sessions(entries, plays[entries], starts[entries], lasts[entries])
 
     # --- Snapshots ----------------------------------------------------------------------------------------------------

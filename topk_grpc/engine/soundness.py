@@ -162,14 +162,14 @@ def check_block(columns: Arrays, what: str, entries: int) -> None:
 
 def check_sessions(told: Mapping[str, Any], columns: NDArray[Any] | None, entries: int) -> None:
     """What standing sessions were: see `SessionSpan.to_snapshot`."""
-    if columns is None or columns.ndim != 2 or columns.shape[0] != 3 or columns.dtype != np.dtype("i8"):
-        raise InvalidArgumentError("sessions: the columns are missing, or not three of integers")
+    if columns is None or columns.ndim != 2 or columns.shape[0] != 4 or columns.dtype != np.dtype("i8"):
+        raise InvalidArgumentError("sessions: the columns are missing, or not four of integers")
     if told["end"] is not None:
         integer(told["end"], -TIME_MS_MAX, TIME_MS_MAX, "sessions: end")
     for name in ("low", "settled"):
         integer(told[name], -4 * TIME_MS_MAX, TIME_MS_MAX, f"sessions: {name}")
     require(not columns[:, entries:].any(), "sessions: of an unknown entry")
-    require(_within(columns.reshape(-1), -TIME_MS_MAX, TIME_MS_MAX), "sessions: a number out of range")
+    require(_within(columns.reshape(-1), -4 * TIME_MS_MAX, TIME_MS_MAX), "sessions: a number out of range")
     known = min(entries, columns.shape[1])
     for entry in told["uncertain"]:
         integer(entry, 0, known - 1, "sessions: an uncertain entry")

@@ -1,8 +1,8 @@
 """Each entry's last session, carried forward play by play.
 
-Plays mostly come in the order of their times: they begin a session or prolong the last one, which is a matter of a few
-comparisons. What else may happen (a play before the beginning, one that may touch a session nobody kept, plays taken
-back) is left to the caller, who looks at the cells.
+Plays mostly come in the order of their times, or a little late: they begin a session or prolong the last one at either
+end, which is a matter of a few comparisons. What else may happen (a play that may join two sessions or touch one that
+nobody kept, plays taken back) is left to the caller, who looks at the cells.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ def carry_forward(
     starts: cython.longlong[::1],
     lasts: cython.longlong[::1],
     plays: cython.longlong[::1],
+    priors: cython.longlong[::1],
     entries: cython.const[cython.int][::1],
     buckets: cython.const[cython.longlong][::1],
     counts: cython.const[cython.longlong][::1],
@@ -33,6 +34,7 @@ def carry_forward(
     Args:
         starts, lasts, plays: int64[entries], each entry's last session before `end`: first bucket, last bucket and
             plays; no plays: it has none that ended at `settled` or later.
+        priors: int64[entries]: no play of the entry lies between this bucket and its session; may be too late.
         entries, buckets, counts: of each play.
         finest: plays before this bucket join no session.
         settled: see `plays`.
@@ -46,6 +48,7 @@ def carry_forward(
     """
     if not cython.compiled:
         starts, lasts, plays = memoryview(starts), memoryview(lasts), memoryview(plays)
+        priors = memoryview(priors)
         entries, buckets, counts = memoryview(entries), memoryview(buckets), memoryview(counts)
         changed, deltas = memoryview(changed), memoryview(deltas)
         unclear, results = memoryview(unclear), memoryview(results)
@@ -68,11 +71,23 @@ def carry_forward(
                 if bucket > lasts[entry]:
                     lasts[entry] = bucket
             elif counts[i] > 0 and ((bucket > lasts[entry] + gap) if plays[entry] > 0 else (bucket - gap >= settled)):
+                priors[entry] = lasts[entry] if plays[entry] > 0 else settled - 1
                 starts[entry] = bucket
                 lasts[entry] = bucket
                 plays[entry] = counts[i]
             elif (bucket < starts[entry] - gap) if plays[entry] > 0 else (bucket < settled):
+                if bucket > priors[entry]:
+                    priors[entry] = bucket
                 continue  # of an earlier session, which touches none that is kept
+            elif (
+                counts[i] > 0
+                and plays[entry] > 0
+                and bucket < starts[entry]
+                and bucket - gap > priors[entry]
+                and bucket - gap >= finest
+            ):
+                starts[entry] = bucket
+                plays[entry] += counts[i]
             else:
                 unclear[left] = cython.cast(cython.int, entry)
                 left += 1
