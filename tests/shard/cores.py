@@ -12,6 +12,7 @@ from tests.oracle import ModelOutcome, ModelPart
 from tests.storage.simulated_disk import SimulatedDisk
 from topk_grpc.config import ShardSettings
 from topk_grpc.engine import query
+from topk_grpc.engine.copies import Room
 from topk_grpc.engine.query import Scope
 from topk_grpc.model import Bounds, ClusterSettings, Play
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
@@ -81,7 +82,7 @@ def commit(core: ShardCore, *parts: ModelPart, now_ms: int = NOW) -> list[ModelO
 
 
 def take_snapshot(core: ShardCore) -> None:
-    pending = core.begin_snapshot()
+    pending = core.begin_snapshot(Room(core.snapshot_room()))
     blocks = core.write_snapshot(pending)
     core.end_snapshot(pending, blocks)
     core.clear_snapshot(pending, blocks)

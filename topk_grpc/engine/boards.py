@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.engine.cells import CellStore
+from topk_grpc.engine.copies import Copy
 from topk_grpc.engine.rankings import Names, Ranking
 from topk_grpc.engine.session_spans import SessionSpan
 from topk_grpc.engine.sessions import Past, reaches_back
@@ -265,9 +266,9 @@ class Board:
 
     # --- Snapshots ----------------------------------------------------------------------------------------------------
 
-    def to_arrays(self) -> dict[str, NDArray[np.generic]]:
+    def to_arrays(self, copy: Copy = np.copy) -> dict[str, NDArray[np.generic]]:
         """What a snapshot keeps, copied: counts and totals of all time. The rest is found again from them and cells."""
-        return {"counts": self.counts(), "totals": self.all_time.copy_totals()}
+        return {"counts": copy(self._rows[: self._entries, 0]), "totals": self.all_time.copy_totals()}
 
     def restore(
         self,

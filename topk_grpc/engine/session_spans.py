@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.engine.cells import CellStore
+from topk_grpc.engine.copies import Copy
 from topk_grpc.engine.rankings import Ranking
 from topk_grpc.engine.sessions import Past, Sessions, last_sessions, played_within
 from topk_grpc.engine.spans import span_sums
@@ -229,12 +230,12 @@ class SessionSpan:
 
     # --- Snapshots ----------------------------------------------------------------------------------------------------
 
-    def to_snapshot(self, known: int) -> tuple[dict[str, Any], NDArray[np.int64]]:
+    def to_snapshot(self, known: int, copy: Copy = np.copy) -> tuple[dict[str, Any], NDArray[np.int64]]:
         """What JSON holds, and the columns of so many entries, copied: not the room beside them, while writes wait."""
         meta = {
             "end": self.end, "low": self._low, "settled": self._settled, "uncertain": sorted(self._uncertain)
         }  # fmt: skip
-        return meta, self._columns[:, :known].copy()
+        return meta, copy(self._columns[:, :known])
 
     def restore(self, meta: Mapping[str, Any], columns: NDArray[np.int64], count: Count) -> None:
         """Begins with what `to_snapshot` described; the ranking is empty."""

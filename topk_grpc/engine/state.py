@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from topk_grpc.engine import soundness
 from topk_grpc.engine.boards import Board, global_songs
 from topk_grpc.engine.cells import ordered_cells
+from topk_grpc.engine.copies import Copy
 from topk_grpc.engine.producers import Producers
 from topk_grpc.engine.sessions import Past
 from topk_grpc.engine.standing import StandingWindows
@@ -153,8 +154,12 @@ class ShardState:
 
     # --- Snapshots ----------------------------------------------------------------------------------------------------
 
-    def to_snapshot(self) -> tuple[dict[str, Any], dict[str, NDArray[np.generic]]]:
-        """What a snapshot keeps beside the cells: what JSON holds, and arrays. What can still change is copied."""
+    def to_snapshot(self, copy: Copy = np.copy) -> tuple[dict[str, Any], dict[str, NDArray[np.generic]]]:
+        """What a snapshot keeps beside the cells: what JSON holds, and arrays. What can still change is copied.
+
+        Args:
+            copy: copies what is large.
+        """
         producers, marks = self.producers.to_snapshot()
         parts = {
             "songs": self.songs.to_arrays(),
@@ -162,8 +167,8 @@ class ShardState:
             "pairs": self.pairs.to_arrays(),
             "marks": marks,
         }
-        parts |= {name: board.to_arrays() for name, board in self.boards.items()}
-        sessions, parts["sessions"] = self._sessions_to_snapshot()
+        parts |= {name: board.to_arrays(copy) for name, board in self.boards.items()}
+        sessions, parts["sessions"] = self._sessions_to_snapshot(copy)
         arrays = {f"{part}.{name}": array for part, named in parts.items() for name, array in named.items()}
         meta = {
             "state_format": STATE_FORMAT,
@@ -185,13 +190,13 @@ class ShardState:
         }
         return meta, arrays
 
-    def _sessions_to_snapshot(self) -> tuple[list[dict[str, Any]], dict[str, NDArray[np.generic]]]:
+    def _sessions_to_snapshot(self, copy: Copy) -> tuple[list[dict[str, Any]], dict[str, NDArray[np.generic]]]:
         """Standing sessions are kept: what they began with may be rolled up by now."""
         told: list[dict[str, Any]] = []
         arrays: dict[str, NDArray[np.generic]] = {}
         for name, board in self.boards.items():
             for window, span in board.sessions.items():
-                meta, arrays[f"{len(told)}"] = span.to_snapshot(len(board))
+                meta, arrays[f"{len(told)}"] = span.to_snapshot(len(board), copy)
                 told.append({"board": name, "window": str(window), "span": meta})
         return told, arrays
 

@@ -34,6 +34,7 @@ from topk_grpc.config import ShardSettings
 from topk_grpc.engine.admission import Admission, Limits, admit, read_request
 from topk_grpc.engine.apply import apply, replay
 from topk_grpc.engine.cells import Cells, Merge, choose_merges, ordered_cells
+from topk_grpc.engine.copies import Room, copied_bytes
 from topk_grpc.engine.deletion import Deleted, delete, owns, plays_of
 from topk_grpc.engine.soundness import check_standing
 from topk_grpc.engine.state import ShardState, check_settings
@@ -61,6 +62,7 @@ of shard_service.proto."""
 
 _BOARD_IDS: Final[Mapping[str, int]] = {"global": 0, "charts": 1}
 _MERGES_MAX: Final = 2
+_SPARE: Final = 16  # one part in so many of what a snapshot copies
 _CLOCKS_APART_MS: Final = 60_000
 _SESSIONS_BEHIND_MS: Final = 2_000
 """Sessions only move on: left to themselves they stay a little behind, where slower clocks still ask for them."""
@@ -488,9 +490,18 @@ class ShardCore:
 
     # --- Snapshots ----------------------------------------------------------------------------------------------------
 
-    def begin_snapshot(self) -> PendingSnapshot:
-        """Copies what can change. Takes as long as that copy."""
-        meta, arrays = self.state.to_snapshot()
+    def snapshot_room(self) -> int:
+        """How many bytes `begin_snapshot` copies, with some to spare for what is counted until then."""
+        size = copied_bytes(self.state.to_snapshot)
+        return size + size // _SPARE
+
+    def begin_snapshot(self, room: Room | None = None) -> PendingSnapshot:
+        """Copies what can change. Takes as long as that copy.
+
+        Args:
+            room: where to; made ready by another thread, it spares this one the wait for fresh memory.
+        """
+        meta, arrays = self.state.to_snapshot(room.copy if room else np.copy)
         identity = self.identity
         meta[_IDENTITY] = {"cluster_id": identity.cluster_id, "shard_id": identity.shard_id} if identity else None
         roll_up = self.state.roll_up

@@ -24,6 +24,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from topk_grpc.config import ShardSettings
+from topk_grpc.engine.copies import Room
 from topk_grpc.errors import NotReadyError, ResourceExhaustedError, StorageError, WriteFailedError
 from topk_grpc.model import Window
 from topk_grpc.rpc import log
@@ -268,9 +269,11 @@ class ShardOwner:
     async def _take_snapshot(self) -> None:
         started = time.monotonic()
         try:
-            pending = await self._as_job(ShardCore.begin_snapshot)
-            copied = time.monotonic()
             loop = asyncio.get_running_loop()
+            room = await loop.run_in_executor(self._snapshots, Room, await self._as_job(ShardCore.snapshot_room))
+            begun = time.monotonic()
+            pending = await self._as_job(lambda core: core.begin_snapshot(room))
+            copied = time.monotonic()
             blocks = await loop.run_in_executor(self._snapshots, self._core.write_snapshot, pending)
             await self._as_job(lambda core: core.end_snapshot(pending, blocks))
             await loop.run_in_executor(self._snapshots, self._core.clear_snapshot, pending, blocks)
@@ -284,7 +287,7 @@ class ShardOwner:
             "snapshot_taken",
             position=pending.position,
             seconds=round(time.monotonic() - started, 3),
-            writes_held_seconds=round(copied - started, 3),
+            writes_held_seconds=round(copied - begun, 3),
         )
 
     async def close(self, *, snapshot: bool, seconds: float | None = None, urgent: asyncio.Event | None = None) -> bool:
