@@ -21,6 +21,7 @@ TopKError
 ├── ResourceExhaustedError      a bounded queue, memory budget or disk is full; trying again may help later
 │   └── RateLimitedError        more plays a second than the producer or the token may send
 ├── WrongServerError            a server answered that belongs to another shard or cluster
+├── MigrationError              a step of a migration that its state does not allow
 ├── AddressInUseError           the port to listen on is taken
 ├── ProcessFailedError          a process started by `topk up` died before it was ready
 ├── TopologyError               the topology store holds nothing, or nothing that fits
@@ -149,6 +150,10 @@ class RateLimitedError(ResourceExhaustedError):
 
 class WrongServerError(TopKError):
     """A server answered that belongs to another shard or another cluster."""
+
+
+class MigrationError(TopKError):
+    """A step of a migration that its state does not allow: read the topology, and decide again."""
 
 
 class AddressInUseError(TopKError):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Final, Literal
 
 from topk_grpc.errors import InvalidArgumentError, WindowError
@@ -437,11 +437,42 @@ class ShardInfo:
         address: HOST:PORT it is reached at now; empty before its first start.
         directory_id: the identity of the data directory that holds its plays; empty before its first start. A shard
             that comes up with another one has lost its data, and is refused.
+        draining: it is to own nothing; its slots are moved to the others.
     """
 
     shard_id: str
     address: str = ""
     directory_id: str = ""
+    draining: bool = False
+
+
+class MigrationState(StrEnum):
+    """How far a migration has come. Its shards learn its outcome from here, and nowhere else."""
+
+    MOVING = "moving"
+    """Undecided: the source owns the slots, and may have frozen them."""
+    COMMITTED = "committed"
+    """The target owns the slots; a shard may not have heard of it yet."""
+    ABORTED = "aborted"
+    """The source owns the slots on; a shard may not have heard of it yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """Slots on their way from one shard to another, as the topology records it.
+
+    Attributes:
+        migration_id: from 1, never used again in a cluster.
+        source, target: shard ids.
+        slots: ascending.
+        state: how far it has come. A record goes when both shards have logged the outcome.
+    """
+
+    migration_id: int
+    source: str
+    target: str
+    slots: tuple[int, ...]
+    state: MigrationState = MigrationState.MOVING
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,6 +484,9 @@ class Topology:
         owners: the owner's index in `shards` for each slot.
         secret: what the cluster's own parts prove themselves to each other with. Whoever knows it is one of them: it
             goes nowhere but into the topology store and the metadata of internal calls.
+        migrations: those under way, by migration_id, ascending. A slot is in one of them at the most.
+        next_migration_id: of the next one.
+        paused: no new migration begins.
     """
 
     cluster_id: str
@@ -461,10 +495,17 @@ class Topology:
     shards: tuple[ShardInfo, ...]
     owners: tuple[int, ...] = field(repr=False)
     secret: str = field(default="", repr=False)
+    migrations: tuple[Migration, ...] = ()
+    next_migration_id: int = 1
+    paused: bool = False
 
     def shard(self, shard_id: str) -> ShardInfo | None:
         """The shard of that name, or None."""
         return next((shard for shard in self.shards if shard.shard_id == shard_id), None)
+
+    def migration(self, migration_id: int) -> Migration | None:
+        """The migration of that number, or None: it has not begun, or both its shards have logged its outcome."""
+        return next((one for one in self.migrations if one.migration_id == migration_id), None)
 
     def slots_of(self, shard_id: str) -> tuple[int, ...]:
         """The slots that the shard of that name owns, ascending."""

@@ -36,6 +36,9 @@ FIRST = Topology(
 )
 
 
+MOVE = {"migration_id": 7, "source": "a", "target": "b", "slots": [0, 3], "state": "moving"}
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "topology.json"
@@ -55,7 +58,7 @@ def at(epoch: int, address: str = "") -> Topology:
 # --- Codec ------------------------------------------------------------------------------------------------------------
 
 shards = st.lists(
-    st.builds(ShardInfo, st.text(min_size=1, max_size=5), st.text(max_size=5), st.text(max_size=5)),
+    st.builds(ShardInfo, st.text(min_size=1, max_size=5), st.text(max_size=5), st.text(max_size=5), st.booleans()),
     min_size=1,
     max_size=5,
     unique_by=lambda shard: shard.shard_id,
@@ -102,12 +105,29 @@ def test_every_truncation_is_damage(data: st.DataObject) -> None:
         {"cluster_id": ""},
         {"settings": {"slots": 0}},
         {"settings": []},
+        {"paused": 1},
+        {"shards": [{"shard_id": "a", "draining": "no"}, {"shard_id": "b"}]},
+        {"next_migration_id": 0},
+        {"migrations": [MOVE], "next_migration_id": 7},
+        {"migrations": [MOVE | {"migration_id": 0}]},
+        {"migrations": [MOVE | {"target": "a"}]},
+        {"migrations": [MOVE | {"target": "c"}]},
+        {"migrations": [MOVE | {"slots": []}]},
+        {"migrations": [MOVE | {"slots": [3, 0]}]},
+        {"migrations": [MOVE | {"slots": [0, 0]}]},
+        {"migrations": [MOVE | {"slots": [0, 4]}]},
+        {"migrations": [MOVE | {"slots": [1]}]},
+        {"migrations": [MOVE | {"state": "committed"}]},
+        {"migrations": [MOVE | {"state": "moved"}]},
+        {"migrations": [MOVE, MOVE | {"migration_id": 8}]},
+        {"migrations": [MOVE, MOVE]},
+        {"migrations": [{}]},
         {"format": None},
         {"format": "1"},
     ],
 )
 def test_contradictions_are_damage(change: dict[str, object]) -> None:
-    members = json.loads(codec.encode(FIRST)) | change
+    members = json.loads(codec.encode(FIRST)) | {"next_migration_id": 9} | change
     with pytest.raises(CorruptError, match="here"):
         codec.decode(json.dumps(members).encode(), "here")
 
@@ -119,14 +139,15 @@ def test_what_is_no_topology_is_damage(raw: bytes) -> None:
 
 
 def test_newer_formats_are_named() -> None:
-    raw = json.dumps({"format": 3, "whatever": "it holds"}).encode()
-    with pytest.raises(VersionError, match=r"format 3 .*newer.* 2"):
+    raw = json.dumps({"format": 4, "whatever": "it holds"}).encode()
+    with pytest.raises(VersionError, match=r"format 4 .*newer.* 3"):
         codec.decode(raw, "here")
 
 
 def test_a_topology_without_a_secret_is_read() -> None:
     members = json.loads(codec.encode(FIRST)) | {"format": 1}
-    del members["secret"]
+    for name in ("secret", "paused", "migrations", "next_migration_id"):
+        del members[name]
     assert codec.decode(json.dumps(members).encode(), "here") == replace(FIRST, secret="")
 
 

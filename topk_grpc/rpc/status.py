@@ -69,6 +69,7 @@ TABLE: Final[Mapping[type[BaseException], Row]] = {
     errors.RateLimitedError: Row(Code.RESOURCE_EXHAUSTED, "RATE_LIMITED", 1000),  # or as the error says
     # The caller holds an old topology: the same call to the same address cannot succeed.
     errors.WrongServerError: Row(Code.FAILED_PRECONDITION, "WRONG_SERVER"),
+    errors.MigrationError: Row(Code.FAILED_PRECONDITION, "MIGRATION"),
     errors.AddressInUseError: Row(Code.FAILED_PRECONDITION, "ADDRESS_IN_USE"),
     errors.ProcessFailedError: Row(Code.INTERNAL, "PROCESS_FAILED"),
     errors.TopologyError: Row(Code.FAILED_PRECONDITION, "NO_TOPOLOGY"),

@@ -1,12 +1,14 @@
 """A topology as JSON.
 
-    {"format": 2, "cluster_id": "…", "epoch": 3, "secret": "…",
+    {"format": 3, "cluster_id": "…", "epoch": 3, "secret": "…",
      "settings": {"slots": 1024, "partitioner": "ring", "resolution_ms": 1000},
-     "shards": [{"shard_id": "shard-0", "address": "127.0.0.1:4711", "directory_id": "…"}, …],
-     "owners": [0, 1, 1, …]}        the owner's index in shards, for each slot
+     "shards": [{"shard_id": "shard-0", "address": "127.0.0.1:4711", "directory_id": "…", "draining": false}, …],
+     "owners": [0, 1, 1, …],        the owner's index in shards, for each slot
+     "paused": false, "next_migration_id": 8,
+     "migrations": [{"migration_id": 7, "source": "shard-0", "target": "shard-1", "slots": [5, 9], "state": "moving"}]}
 
-Format 1 had no secret. A reader knows every format up to its own. Members that it does not know are left aside: what
-must not be left aside raises the format.
+Format 1 had no secret, format 2 nothing that moves. A reader knows every format up to its own. Members that it does not
+know are left aside: what must not be left aside raises the format.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import json
 from typing import Any, Final
 
 from topk_grpc.errors import CorruptError, InvalidArgumentError, VersionError
-from topk_grpc.model import ClusterSettings, ShardInfo, Topology
+from topk_grpc.model import ClusterSettings, Migration, MigrationState, ShardInfo, Topology
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 
 def check(topology: Topology) -> None:
@@ -42,6 +44,8 @@ def check(topology: Topology) -> None:
         problem = f"there are {len(topology.owners)} owners for {slots} slots"
     elif not all(0 <= owner < count for owner in topology.owners):
         problem = f"an owner is no index of the {count} shards"
+    else:
+        problem = _migrations_problem(topology)
     if problem is not None:
         raise InvalidArgumentError(f"the topology contradicts itself: {problem}")
 
@@ -61,16 +65,42 @@ def encode(topology: Topology) -> bytes:
         "settings": dataclasses.asdict(topology.settings),
         "shards": [dataclasses.asdict(shard) for shard in topology.shards],
         "owners": topology.owners,
+        "paused": topology.paused,
+        "next_migration_id": topology.next_migration_id,
+        "migrations": [dataclasses.asdict(migration) for migration in topology.migrations],
     }
     # One line for each member: people read this file when something is wrong.
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in members.items())
     return f"{{\n{lines}\n}}\n".encode()
 
 
+def _migrations_problem(topology: Topology) -> str | None:
+    """What the migrations contradict; None: nothing."""
+    ids = [0, *(migration.migration_id for migration in topology.migrations), topology.next_migration_id]
+    if ids != sorted(set(ids)):
+        return "the migrations are not in ascending order of distinct numbers from 1, below that of the next"
+    moving: set[int] = set()
+    for one in topology.migrations:
+        where = f"migration {one.migration_id}"
+        if one.source == one.target or not (topology.shard(one.source) and topology.shard(one.target)):
+            return f"{where} is not between two shards"
+        if not one.slots or list(one.slots) != sorted(set(one.slots)):
+            return f"{where}: its slots are none, or not ascending and distinct"
+        if one.slots[0] < 0 or one.slots[-1] >= topology.settings.slots:
+            return f"{where} moves a slot that the cluster does not have"
+        if moving & set(one.slots):
+            return f"{where} moves a slot that another one moves"
+        moving |= set(one.slots)
+        owner = one.target if one.state is MigrationState.COMMITTED else one.source
+        if any(topology.shards[topology.owners[slot]].shard_id != owner for slot in one.slots):
+            return f"{where} is {one.state}, but {owner} does not own all of its slots"
+    return None
+
+
 def _take(members: Any, name: str, kind: type, default: Any = None) -> Any:
     value = members.get(name, default) if isinstance(members, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{name} is missing or not of the kind expected")  # noqa: TRY004  # the bytes are at fault
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{name} is missing or not of the kind expected")  # the bytes are at fault
     return value
 
 
@@ -111,11 +141,24 @@ def decode(raw: bytes, where: str) -> Topology:
                     _take(shard, "shard_id", str),
                     _take(shard, "address", str, ""),
                     _take(shard, "directory_id", str, ""),
+                    draining=_take(shard, "draining", bool, default=False),
                 )
                 for shard in _take(members, "shards", list)
             ),
             owners=tuple(_take({"owners": owner}, "owners", int) for owner in _take(members, "owners", list)),
             secret=_take(members, "secret", str, ""),
+            migrations=tuple(
+                Migration(
+                    _take(migration, "migration_id", int),
+                    _take(migration, "source", str),
+                    _take(migration, "target", str),
+                    tuple(_take({"slots": slot}, "slots", int) for slot in _take(migration, "slots", list)),
+                    MigrationState(_take(migration, "state", str)),
+                )
+                for migration in _take(members, "migrations", list, [])
+            ),
+            next_migration_id=_take(members, "next_migration_id", int, 1),
+            paused=_take(members, "paused", bool, default=False),
         )
         check(topology)
     except ValueError as error:  # InvalidArgumentError is one

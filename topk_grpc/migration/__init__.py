@@ -1,0 +1,1 @@
+"""Moving slots between shards while the cluster serves."""
