@@ -487,6 +487,7 @@ class Topology:
         migrations: those under way, by migration_id, ascending. A slot is in one of them at the most.
         next_migration_id: of the next one.
         paused: no new migration begins.
+        wanted: the plan that migrations carry out, in the form of `owners`; empty: things are to stay as they are.
     """
 
     cluster_id: str
@@ -498,6 +499,7 @@ class Topology:
     migrations: tuple[Migration, ...] = ()
     next_migration_id: int = 1
     paused: bool = False
+    wanted: tuple[int, ...] = field(default=(), repr=False)
 
     def shard(self, shard_id: str) -> ShardInfo | None:
         """The shard of that name, or None."""

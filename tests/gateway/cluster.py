@@ -21,7 +21,6 @@ from topk_grpc.config import GatewaySettings, ShardSettings
 from topk_grpc.engine import query
 from topk_grpc.engine.query import Scope
 from topk_grpc.gateway.admin import ClusterAdminService
-from topk_grpc.gateway.channels import ShardChannels
 from topk_grpc.gateway.link import ShardLink
 from topk_grpc.gateway.queries import Queries
 from topk_grpc.gateway.recorder import Recorder
@@ -36,6 +35,7 @@ from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
 from topk_grpc.ring import plan_owners
 from topk_grpc.rpc.server import add_raw_handlers, bind, create_server
+from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.shard import owner as owner_module
 from topk_grpc.shard.core import Identity, ShardCore
 from topk_grpc.shard.owner import ShardOwner

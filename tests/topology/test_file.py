@@ -108,6 +108,9 @@ def test_every_truncation_is_damage(data: st.DataObject) -> None:
         {"paused": 1},
         {"shards": [{"shard_id": "a", "draining": "no"}, {"shard_id": "b"}]},
         {"next_migration_id": 0},
+        {"wanted": [0, 1, 1]},
+        {"wanted": [0, 1, 1, 2]},
+        {"wanted": [0, 1, 1, -1]},
         {"migrations": [MOVE], "next_migration_id": 7},
         {"migrations": [MOVE | {"migration_id": 0}]},
         {"migrations": [MOVE | {"target": "a"}]},
@@ -146,7 +149,7 @@ def test_newer_formats_are_named() -> None:
 
 def test_a_topology_without_a_secret_is_read() -> None:
     members = json.loads(codec.encode(FIRST)) | {"format": 1}
-    for name in ("secret", "paused", "migrations", "next_migration_id"):
+    for name in ("secret", "wanted", "paused", "migrations", "next_migration_id"):
         del members[name]
     assert codec.decode(json.dumps(members).encode(), "here") == replace(FIRST, secret="")
 

@@ -16,9 +16,9 @@ from topk_grpc.cli.progress import Progress
 from topk_grpc.cli.shard_directories import ShardDirectories, address_of, find, is_in_use
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import TopKError, TopologyError
-from topk_grpc.gateway.channels import ShardChannels
 from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
+from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.rpc.status import from_rpc_error
 from topk_grpc.shard.audit import OnBytes, Report, Served, audit_live, audit_request, audit_stopped, served_of
 from topk_grpc.shard.losses import losses

@@ -26,11 +26,11 @@ import grpc
 
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import DeadlineError, InvalidArgumentError, ResourceExhaustedError, TopKError
-from topk_grpc.gateway.channels import ShardChannels
 from topk_grpc.kernels.encode import varint
 from topk_grpc.model import ShardInfo
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.rpc import log
+from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.rpc.status import from_rpc_error
 
 REQUESTS_UNDER_WAY_MAX: Final = 2

@@ -22,11 +22,11 @@ from topk_grpc.errors import (
     TopKError,
     UnavailableError,
 )
-from topk_grpc.gateway.channels import ShardChannels
 from topk_grpc.gateway.routing import RoutingWatch
 from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
+from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.rpc.status import from_rpc_error
 
 _AGAIN_SECONDS: Final = (0.05, 1.0)

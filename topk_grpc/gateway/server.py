@@ -8,7 +8,6 @@ from topk_grpc.config import GatewaySettings, is_loopback
 from topk_grpc.errors import SettingError
 from topk_grpc.gateway.access import TokenGate
 from topk_grpc.gateway.admin import ADMIN_SERVICE, ClusterAdminService
-from topk_grpc.gateway.channels import ShardChannels
 from topk_grpc.gateway.link import ShardLink
 from topk_grpc.gateway.queries import Queries
 from topk_grpc.gateway.recorder import Recorder
@@ -32,6 +31,7 @@ from topk_grpc.rpc.server import (
     split_address,
     start_health_server,
 )
+from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.topology.store import TopologyStore, open_store
 
 SERVICE = "topk.v1.TopKService"

@@ -4,6 +4,7 @@
      "settings": {"slots": 1024, "partitioner": "ring", "resolution_ms": 1000},
      "shards": [{"shard_id": "shard-0", "address": "127.0.0.1:4711", "directory_id": "…", "draining": false}, …],
      "owners": [0, 1, 1, …],        the owner's index in shards, for each slot
+     "wanted": [0, 1, 0, …],        the same, as it is to become; empty: as it is
      "paused": false, "next_migration_id": 8,
      "migrations": [{"migration_id": 7, "source": "shard-0", "target": "shard-1", "slots": [5, 9], "state": "moving"}]}
 
@@ -44,6 +45,10 @@ def check(topology: Topology) -> None:
         problem = f"there are {len(topology.owners)} owners for {slots} slots"
     elif not all(0 <= owner < count for owner in topology.owners):
         problem = f"an owner is no index of the {count} shards"
+    elif topology.wanted and (
+        len(topology.wanted) != slots or not all(0 <= owner < count for owner in topology.wanted)
+    ):
+        problem = "the plan is not one of the shards for each slot"
     else:
         problem = _migrations_problem(topology)
     if problem is not None:
@@ -65,6 +70,7 @@ def encode(topology: Topology) -> bytes:
         "settings": dataclasses.asdict(topology.settings),
         "shards": [dataclasses.asdict(shard) for shard in topology.shards],
         "owners": topology.owners,
+        "wanted": topology.wanted,
         "paused": topology.paused,
         "next_migration_id": topology.next_migration_id,
         "migrations": [dataclasses.asdict(migration) for migration in topology.migrations],
@@ -159,6 +165,7 @@ def decode(raw: bytes, where: str) -> Topology:
             ),
             next_migration_id=_take(members, "next_migration_id", int, 1),
             paused=_take(members, "paused", bool, default=False),
+            wanted=tuple(_take({"wanted": owner}, "wanted", int) for owner in _take(members, "wanted", list, [])),
         )
         check(topology)
     except ValueError as error:  # InvalidArgumentError is one

@@ -1,8 +1,8 @@
-"""How a gateway reaches its shards: the credentials of the connection, and those of each call.
+"""How gateways, shards and controllers reach shards: the credentials of the connection, and those of each call.
 
 With `--tls-ca` connections are TLS in both directions: the shard has to show a certificate of the cluster's CA, and so
-does the gateway. Each call carries the cluster's secret besides, so that a shard knows its own gateways in plaintext
-too; for that reason nothing is sent in plaintext to another machine, unless `--plaintext` allows it.
+does whoever calls it. Each call carries the cluster's secret besides, so that a shard knows its own cluster in
+plaintext too; for that reason nothing is sent in plaintext to another machine, unless `--plaintext` allows it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from topk_grpc.config import GatewaySettings, is_loopback
+from topk_grpc.config import GatewaySettings, ServerSettings, is_loopback
 from topk_grpc.errors import SettingError
 from topk_grpc.rpc.access import CLUSTER_SECRET_KEY
 from topk_grpc.rpc.channels import open_channel
@@ -23,7 +23,7 @@ class ShardChannels:
     """Opens channels to the shards of one cluster.
 
     Args:
-        settings: the gateway's.
+        settings: of whoever calls. A gateway may show its shards another certificate than its clients.
         cluster_id: whose shards they are.
         secret: the cluster's.
 
@@ -31,13 +31,15 @@ class ShardChannels:
         SettingError: a file of a certificate or key cannot be used.
     """
 
-    def __init__(self, settings: GatewaySettings, cluster_id: str, secret: str = "") -> None:
+    def __init__(self, settings: ServerSettings, cluster_id: str, secret: str = "") -> None:
         self._plaintext = settings.plaintext
         self._cluster_id = cluster_id
         self._secret = secret
         self._files: PemFiles | None = None
         if settings.tls_ca:
-            cert, key = (settings.shard_cert or settings.tls_cert), (settings.shard_key or settings.tls_key)
+            cert, key = settings.tls_cert, settings.tls_key
+            if isinstance(settings, GatewaySettings) and settings.shard_cert:
+                cert, key = settings.shard_cert, settings.shard_key
             self._files = PemFiles(cert, key, settings.tls_ca)
 
     @property
@@ -63,7 +65,7 @@ class ShardChannels:
             if not (self._plaintext or is_loopback(address.rpartition(":")[0])):
                 raise SettingError(
                     f"the shard at {address} is on another machine, and would be sent the cluster's secret in"
-                    " plaintext: give the gateway --tls-ca, or say --plaintext where the network keeps others out"
+                    " plaintext: give --tls-ca, or say --plaintext where the network keeps others out"
                 )
             return open_channel(address, options=options)
         self._files.refresh()
