@@ -65,7 +65,7 @@ class EngineShard:
         self.tiers = parse_tiers(tiers, settings.resolution_ms) if tiers else None
         self.state = self._new_state()
         # An int: producers idle before that time are forgotten. A tuple: these windows stand. A text: the song is gone.
-        self.log: list[bytes | int | str | tuple[Window, ...]] = []
+        self.log: list[Any] = []
         self._snapshot: tuple[int, str, dict[str, Any], dict[str, dict[int, Any]]] | None = None
 
     def commit(self, requests: Sequence[bytes], limits: Limits) -> list[pb.AppendResponse]:
@@ -158,14 +158,17 @@ class EngineShard:
             position, meta, arrays, blocks = self._snapshot
             self.state = ShardState.from_snapshot(self.settings, self.heap_size, json.loads(meta), arrays, blocks)
         for record in self.log[position:]:
-            if isinstance(record, int):
-                self.state.producers.forget_idle(record)
-            elif isinstance(record, str):
-                delete(self.state, record)
-            elif isinstance(record, tuple):
-                self._let_stand(record)
-            else:
-                replay(self.state, memoryview(record))
+            self.replay(record)
+
+    def replay(self, record: Any) -> None:
+        if isinstance(record, int):
+            self.state.producers.forget_idle(record)
+        elif isinstance(record, str):
+            delete(self.state, record)
+        elif isinstance(record, tuple):
+            self._let_stand(record)
+        else:
+            replay(self.state, memoryview(record))
 
 
 def check_answers(state: ShardState, tally: Tally, panes: Iterable[Bounds], extra_ks: Iterable[int] = ()) -> None:

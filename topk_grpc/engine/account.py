@@ -322,7 +322,14 @@ def _marks(copied: Copied, names: Mapping[int, bytes]) -> Numbers:
     numbers, which = np.unique(keys >> np.uint64(32), return_inverse=True)
     hashes = np.array([hash_of(names.get(number, b"")) for number in numbers.tolist()], np.uint64)
     slots = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64) - 1
-    return by_slot(mix(hashes[which], slots, highest, bitmaps), slots, copied.slots)
+    return digest_marks(hashes[which], slots, highest, bitmaps, copied.slots)
+
+
+def digest_marks(
+    producers: Numbers, slots: NDArray[np.int64], highest: Numbers, bitmaps: Numbers, count: int
+) -> Numbers:
+    """The digest of each slot's marks; producers are the hashes of their ids."""
+    return by_slot(mix(producers, slots, highest, bitmaps), slots, count)
 
 
 def _charts(copied: Copied) -> list[tuple[int, int, int]]:

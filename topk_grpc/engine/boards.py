@@ -16,11 +16,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from topk_grpc.engine.cells import CellStore
+from topk_grpc.engine.cells import Cells, CellStore
 from topk_grpc.engine.copies import Copy
 from topk_grpc.engine.rankings import Names, Ranking
 from topk_grpc.engine.session_spans import SessionSpan
-from topk_grpc.engine.sessions import Past, reaches_back
+from topk_grpc.engine.sessions import Past
+from topk_grpc.engine.spans import cells_of
 from topk_grpc.kernels.strings import StringTable
 
 _IDENTITY: Final = np.empty(0, np.int32)
@@ -215,8 +216,6 @@ class Board:
             return
         if span.end is not None and span.end < past.finest:
             self.fold_sessions(span)
-        if span.end is None and reaches_back(self.cells, end - 1 - span.gap, end, past):
-            return
         span.move(self.cells, end, self._entries, past, self._counter(span.ranking))
 
     def fold_sessions(self, span: SessionSpan) -> None:
@@ -227,6 +226,63 @@ class Board:
     def restore_sessions(self, span: SessionSpan, meta: Mapping[str, Any], columns: NDArray[np.int64]) -> None:
         """Begins with what `SessionSpan.to_snapshot` described."""
         span.restore(meta, columns, self._counter(span.ranking))
+
+    # --- Slots that come and go ---------------------------------------------------------------------------------------
+
+    def take_in(  # noqa: PLR0917
+        self,
+        entries: NDArray[np.int32],
+        charts: NDArray[np.int32],
+        counts: NDArray[np.int64],
+        cells: Cells,
+        songs: NDArray[np.int32],
+        strings: StringTable,
+        known: int,
+        entry_charts: NDArray[np.int32] = _IDENTITY,
+    ) -> None:
+        """Takes entries in with all that they have, sessions aside.
+
+        Args:
+            entries, charts, counts: each entry, its chart and its plays of all time, which may be more than its cells'.
+            cells: their plays by time.
+            songs, strings, known, entry_charts: as in `add`.
+        """
+        if not len(entries):
+            return
+        self.names, self.entry_charts = Names(songs, strings), entry_charts
+        self._reserve(known, int(charts.max()) + 1)
+        self.all_time.count(self._rows, self.names, charts, entries, counts)
+        for span in self.spans.values():
+            inside = cells.within(span.start, span.end)
+            of_charts = self.charts_of(inside.entries)
+            span.ranking.count(self._rows, self.names, of_charts, inside.entries, inside.counts)
+        self.cells.append(cells.buckets, cells.entries, cells.counts)
+
+    def join_sessions(
+        self,
+        span: SessionSpan,
+        settled: int,
+        entries: NDArray[np.int32],
+        columns: NDArray[np.int64],
+        uncertain: NDArray[np.int32],
+    ) -> None:
+        """Takes sessions in that stand at the same position: see `SessionSpan.join`."""
+        span.join(settled, entries, columns, uncertain, self._entries, self._counter(span.ranking))
+
+    def remove(self, entries: NDArray[np.int32]) -> None:
+        """Takes away all that some entries have; their cells cancel out when they are merged.
+
+        Args:
+            entries: each once, ascending.
+        """
+        for ranking in self.rankings:
+            counts = self._rows[entries, ranking.column]
+            held = entries[counts != 0]
+            ranking.count(self._rows, self.names, self.charts_of(held), held, -counts[counts != 0])
+        for session_span in self.sessions.values():
+            session_span.forget(entries)
+        buckets, owners, counts = cells_of(self.cells, entries)
+        self.cells.append(buckets, owners, -counts)
 
     # --- Reading ------------------------------------------------------------------------------------------------------
 
@@ -259,6 +315,13 @@ class Board:
     def count(self, entry: int, ranking: Ranking | None = None) -> int:
         """The count of one entry; all time, if no ranking is given."""
         return int(self._rows[entry, ranking.column if ranking else 0])
+
+    def counts_of(self, entries: NDArray[np.int32]) -> NDArray[np.int64]:
+        """The counts of some entries, all time; 0 for those that are not known yet."""
+        counts = np.zeros(len(entries), np.int64)
+        known = entries < self._entries
+        counts[known] = self._rows[entries[known], 0]
+        return counts
 
     def counts(self, ranking: Ranking | None = None) -> NDArray[np.int64]:
         """The count of each entry: a copy; all time, if no ranking is given."""

@@ -82,6 +82,11 @@ def ordered_cells(columns: Mapping[str, NDArray[np.generic]]) -> Cells:
     return Cells(buckets, entries, counts, int(buckets[0]), int(buckets[-1]), ordered=True)  # type: ignore[arg-type]
 
 
+def no_cells() -> Cells:
+    """None at all."""
+    return Cells(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int64), 0, 0, ordered=True)
+
+
 def merge(parts: list[Cells], roll_up: RollUp | None = None) -> Cells:
     """The parts' cells as one ordered whole, equal (bucket, entry) pairs added up.
 

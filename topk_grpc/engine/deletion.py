@@ -1,19 +1,19 @@
-"""Taking a song's plays back, all of them: from its cells, bucket by bucket, as so many corrections.
+"""Taking back all plays of some entries: a song's, or those of slots that were handed to another shard.
 
-Rows, totals, heaps, standing windows and snapshots follow by the way that every count goes. The song stays interned,
-with no plays: it is listed nowhere, and plays of it that come later count. Marks are left alone: a resend of a batch
-that had counted before does not bring its plays back.
+Each window that is kept loses what it holds of them; their cells are cancelled by as many negative ones, bucket by
+bucket, which are gone with them at the next merge. So rows, totals, heaps and snapshots follow. The songs stay
+interned, with no plays: they are listed nowhere, and plays of them that come later count. Marks are left alone here: a
+resend of a batch that had counted before a song was deleted does not bring its plays back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from topk_grpc.engine.boards import global_songs
-from topk_grpc.engine.spans import cells_of
 from topk_grpc.engine.state import CHARTS, GLOBAL, ShardState
 from topk_grpc.kernels.hash import hash_strings
 
@@ -34,16 +34,26 @@ class Deleted:
 def _entries(state: ShardState, song_id: str) -> dict[str, NDArray[np.int32]]:
     """The entries of a song that have plays, by board, ascending."""
     song = int(state.songs.find_texts([song_id])[0])
+    wanted = np.zeros(len(state.songs), np.bool_)
+    if song >= 0:
+        wanted[song] = True
+    return entries_of(state, wanted)
+
+
+def entries_of(state: ShardState, songs: NDArray[np.bool_]) -> dict[str, NDArray[np.int32]]:
+    """The entries of some songs that have plays, by board, ascending; songs is bool[songs]."""
     entries = {
-        GLOBAL: np.array([song] if song >= 0 else [], np.int32),
-        CHARTS: np.flatnonzero(state.pairs.songs == song).astype(np.int32),
+        GLOBAL: np.flatnonzero(songs).astype(np.int32),
+        CHARTS: np.flatnonzero(songs[state.pairs.songs]).astype(np.int32),
     }
-    return {name: some[_counts(state, name, some) > 0] for name, some in entries.items()}
+    return {name: some[state.boards[name].counts_of(some) > 0] for name, some in entries.items()}
 
 
-def _counts(state: ShardState, name: str, entries: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Their plays of all time."""
-    return np.array([state.boards[name].count(entry) for entry in entries.tolist()], np.int64)
+def remove(state: ShardState, entries: Mapping[str, NDArray[np.int32]]) -> None:
+    """Takes away all plays of some entries, given by board, as `entries_of` finds them."""
+    for name, some in entries.items():
+        if len(some):
+            state.boards[name].remove(some)
 
 
 def owns(state: ShardState, song_id: str) -> bool:
@@ -56,31 +66,9 @@ def owns(state: ShardState, song_id: str) -> bool:
 def plays_of(state: ShardState, song_id: str) -> Deleted:
     """What a song has."""
     entries = _entries(state, song_id)
-    return Deleted(int(_counts(state, GLOBAL, entries[GLOBAL]).sum()), len(entries[CHARTS]))
+    return Deleted(int(state.boards[GLOBAL].counts_of(entries[GLOBAL]).sum()), len(entries[CHARTS]))
 
 
 def delete(state: ShardState, song_id: str) -> None:
     """Takes all plays of a song back, on both boards."""
-    for name, entries in _entries(state, song_id).items():
-        if not len(entries):
-            continue
-        board = state.boards[name]
-        buckets, owners, counts = cells_of(board.cells, entries)
-        # Cells older than the last tier are dropped, and then count in no window but the global one. What they leave of
-        # the counts of all time is taken back from where they lay.
-        rest = _counts(state, name, entries)
-        np.subtract.at(rest, np.searchsorted(entries, owners), counts)
-        left = np.flatnonzero(rest)
-        buckets = np.append(buckets, np.full(len(left), state.roll_up.first_kept - 1, np.int64))
-        owners = np.append(owners, entries[left])
-        in_charts = name == CHARTS
-        board.add(
-            owners,
-            state.pairs.charts[owners] if in_charts else np.zeros(len(owners), np.int32),
-            buckets,
-            -np.append(counts, rest[left]),
-            state.songs_of(name),
-            state.songs,
-            len(board),
-            state.pairs.charts if in_charts else global_songs(),
-        )
+    remove(state, _entries(state, song_id))

@@ -7,7 +7,7 @@ repeats those of the first.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,37 @@ class Producers:
         idle = [name for name, one in self._known.items() if not one.permanent and one.last_seen_ms < before_ms]
         if idle:
             self.marks.forget(np.array([self._known.pop(name).number for name in idle], np.uint64))
+
+    # --- Slots that come and go ---------------------------------------------------------------------------------------
+
+    def with_marks(self, numbers: NDArray[np.uint64]) -> list[tuple[bytes, Producer]]:
+        """The producers of these numbers, in their order, with their ids."""
+        by_number = {one.number: (name, one) for name, one in self._known.items()}
+        return [by_number[number] for number in numbers.tolist()]
+
+    def join(
+        self, producer_id: bytes, last_seen_ms: int, rejects: Mapping[int, Iterable[int]], *, permanent: bool
+    ) -> Producer:
+        """Takes in what another shard knows of a producer; what is known here stays.
+
+        Args:
+            producer_id: the client's.
+            last_seen_ms, permanent, rejects: as in `Producer`.
+        """
+        producer = self.get_or_add(producer_id)
+        self.seen(producer, last_seen_ms, permanent=permanent)
+        for sequence, packed in rejects.items():
+            known = producer.rejects.setdefault(sequence, array("Q"))
+            known.extend(sorted(set(packed) - set(known)))
+        return producer
+
+    def forget_slots(self, wanted: NDArray[np.bool_]) -> None:
+        """Forgets the marks of some slots, and the producers that have no others; wanted is bool[slots]."""
+        numbers = set(self.marks.forget_slots(wanted).tolist())
+        if numbers:
+            self._known = {name: one for name, one in self._known.items() if one.number not in numbers}
+
+    # --- Snapshots ----------------------------------------------------------------------------------------------------
 
     def to_snapshot(self) -> tuple[dict[str, Any], dict[str, NDArray[np.generic]]]:
         """What a snapshot keeps, copied: what JSON holds, and arrays."""

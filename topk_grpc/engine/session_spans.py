@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from topk_grpc.engine.cells import CellStore
 from topk_grpc.engine.copies import Copy
 from topk_grpc.engine.rankings import Ranking
-from topk_grpc.engine.sessions import Past, Sessions, last_sessions, played_within
+from topk_grpc.engine.sessions import Past, Sessions, last_sessions, played_within, reaches_back
 from topk_grpc.engine.spans import span_sums
 from topk_grpc.kernels.sessions import carry_forward
 
@@ -174,7 +174,12 @@ class SessionSpan:
         self._uncertain = set()
 
     def move(self, store: CellStore, end: int, known: int, past: Past, count: Count) -> None:
-        """Moves the position on, to a later bucket; or begins there, with an empty ranking."""
+        """Moves the position on, to a later bucket; or begins there, with an empty ranking.
+
+        It begins only where all that it needs is kept as fine as it needs it.
+        """
+        if self.end is None and reaches_back(store, end - 1 - self.gap, end, past):
+            return
         self._reserve(known)
         if self.end is None:
             self._begin(store, end, known, past, count)
@@ -212,6 +217,57 @@ class SessionSpan:
         self._uncertain = set(sessions.entries[~certain].tolist())
         is_open = sessions.lasts >= self._low
         count(sessions.entries[is_open], sessions.counts[is_open])
+
+    # --- Slots that come and go ---------------------------------------------------------------------------------------
+
+    def of_entries(self, entries: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.intp]]:
+        """What is known of some entries, for another shard.
+
+        Args:
+            entries: ascending.
+
+        Returns:
+            Which of them have a session, as places among them; their columns; which are uncertain.
+        """
+        known = entries[entries < self._columns.shape[1]]
+        held = np.flatnonzero(self._columns[2][known] > 0)
+        uncertain = np.flatnonzero(np.isin(entries, np.fromiter(self._uncertain, np.int32)))
+        return held, self._columns[:, known[held]], uncertain
+
+    def join(  # noqa: PLR0917
+        self,
+        settled: int,
+        entries: NDArray[np.int32],
+        columns: NDArray[np.int64],
+        uncertain: NDArray[np.int32],
+        known: int,
+        count: Count,
+    ) -> None:
+        """Takes in sessions that stand at the same position: of entries that have none.
+
+        Args:
+            settled: from when on they are known.
+            entries, columns: as `of_entries` gives them.
+            uncertain: entries.
+            known: how many entries the board has.
+            count: into the ranking.
+        """
+        self._reserve(known)
+        self._settled = max(self._settled, settled)
+        self._columns[:, entries] = columns
+        self._uncertain |= set(uncertain.tolist())
+        plays = self._open_plays(entries)
+        count(entries[plays > 0], plays[plays > 0])
+
+    def forget(self, entries: NDArray[np.int32]) -> None:
+        """Knows nothing of these entries, which have no plays any more; the ranking is left to its owner."""
+        self._columns[:, entries[entries < self._columns.shape[1]]] = 0
+        self._uncertain -= set(entries.tolist())
+
+    @property
+    def settled(self) -> int:
+        """Sessions that ended before this bucket are not known."""
+        return self._settled
 
     # --- Reading ------------------------------------------------------------------------------------------------------
 

@@ -58,6 +58,12 @@ class Past:
     lost: int | None
     roll_up: RollUp
 
+    @classmethod
+    def of(cls, roll_up: RollUp, oldest: int | None) -> Past:
+        """How far back, where the oldest play lies in that bucket; None: there is none."""
+        lost = oldest is not None and oldest < roll_up.first_kept
+        return cls(roll_up.borders[0], roll_up.first_kept if lost else None, roll_up)
+
     def kept_under(self, buckets: NDArray[np.int64]) -> NDArray[np.int64]:
         """The least bucket that plays of these buckets may be kept under."""
         return np.minimum(self.roll_up.of(buckets), buckets)

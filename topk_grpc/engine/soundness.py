@@ -62,7 +62,8 @@ def columns_of(arrays: Arrays, dtypes: Mapping[str, str], what: str) -> list[NDA
     return columns
 
 
-def _within(column: NDArray[Any], least: int, most: int) -> bool:
+def within(column: NDArray[Any], least: int, most: int) -> bool:
+    """Whether all numbers of a column lie within bounds, both inclusive."""
     return not len(column) or bool(column.min() >= least and column.max() <= most)
 
 
@@ -78,7 +79,7 @@ def check_strings(arrays: Arrays, what: str) -> int:
     end = 0
     for first in range(0, count, _STRINGS_AT_ONCE):
         some = starts[first : first + _STRINGS_AT_ONCE]
-        require(_within(some, 6, len(arena)), f"{what}: an offset lies outside")
+        require(within(some, 6, len(arena)), f"{what}: an offset lies outside")
         heads = [arena[some - 6 + place].astype(np.int64) for place in range(6)]
         numbers = heads[0] | heads[1] << 8 | heads[2] << 16 | heads[3] << 24
         ends = some + (heads[4] | heads[5] << 8)
@@ -107,14 +108,14 @@ def check_charts(arrays: Arrays) -> int:
 def check_pairs(arrays: Arrays, charts: int, songs: int) -> int:
     """The (chart, song) pairs: of known charts, the global one aside, and known songs. Returns how many."""
     of_charts, of_songs = columns_of(arrays, {"charts": "i4", "songs": "i4"}, "pairs")
-    require(_within(of_charts, 1, charts - 1) and _within(of_songs, 0, songs - 1), "pairs: of an unknown chart or song")
+    require(within(of_charts, 1, charts - 1) and within(of_songs, 0, songs - 1), "pairs: of an unknown chart or song")
     return len(of_charts)
 
 
 def check_marks(arrays: Arrays) -> None:
     """The producers' marks."""
     keys, *_ = columns_of(arrays, {"keys": "u8", "highest": "u8", "bitmaps": "u8"}, "marks")
-    require(_within(keys, 1, _SEQUENCE_MAX), "marks: a key is 0")
+    require(within(keys, 1, _SEQUENCE_MAX), "marks: a key is 0")
 
 
 def check_board(arrays: Arrays, what: str, entry_charts: NDArray[np.int32], entries: int, charts: int) -> None:
@@ -133,12 +134,12 @@ def check_board(arrays: Arrays, what: str, entry_charts: NDArray[np.int32], entr
     if totals is None or totals.ndim != 2 or totals.shape[1] != 2 or totals.dtype != np.dtype("i8"):
         raise InvalidArgumentError(f"{what}: its totals are missing, or not two columns of integers")
     require(1 <= len(totals) <= 2 * charts + 1, f"{what}: totals of {len(totals)} charts, of {charts}")
-    require(_within(counts, 0, COUNT_MAX), f"{what}: a count lies out of range")
+    require(within(counts, 0, COUNT_MAX), f"{what}: a count lies out of range")
     if not len(entry_charts):
         plays, present = [int(counts.sum())], [int(np.count_nonzero(counts))]
     else:
         known = len(totals)
-        require(_within(entry_charts, 0, known - 1), f"{what}: an entry of a chart without totals")
+        require(within(entry_charts, 0, known - 1), f"{what}: an entry of a chart without totals")
         sums = np.zeros(known, np.int64)
         np.add.at(sums, entry_charts, counts)
         plays, present = sums.tolist(), np.bincount(entry_charts[counts != 0], minlength=known).tolist()
@@ -152,12 +153,17 @@ def check_block(columns: Arrays, what: str, entries: int) -> None:
     """A block of cells: of known entries, in the order of their buckets, at least one."""
     buckets, of_entries, _ = columns_of(columns, {"buckets": "i8", "entries": "i4", "counts": "i8"}, what)
     require(len(buckets), f"{what}: it is empty")
+    check_cells(buckets, of_entries, what, entries)
+
+
+def check_cells(buckets: NDArray[Any], of_entries: NDArray[Any], what: str, entries: int) -> None:
+    """Cells, at least one: of known entries, in the order of their buckets."""
     # A bucket that was rolled up begins before its plays.
     require(int(buckets[0]) >= -2 * TIME_MS_MAX and int(buckets[-1]) <= TIME_MS_MAX, f"{what}: a time out of range")
     for first in range(0, len(buckets), _CELLS_AT_ONCE):
         some = buckets[first : first + _CELLS_AT_ONCE + 1]
         require((some[1:] >= some[:-1]).all(), f"{what}: its cells are out of order")
-        require(_within(of_entries[first : first + _CELLS_AT_ONCE], 0, entries - 1), f"{what}: of an unknown entry")
+        require(within(of_entries[first : first + _CELLS_AT_ONCE], 0, entries - 1), f"{what}: of an unknown entry")
 
 
 def check_sessions(told: Mapping[str, Any], columns: NDArray[Any] | None, entries: int) -> None:
@@ -169,7 +175,7 @@ def check_sessions(told: Mapping[str, Any], columns: NDArray[Any] | None, entrie
     for name in ("low", "settled"):
         integer(told[name], -4 * TIME_MS_MAX, TIME_MS_MAX, f"sessions: {name}")
     require(not columns[:, entries:].any(), "sessions: of an unknown entry")
-    require(_within(columns.reshape(-1), -4 * TIME_MS_MAX, TIME_MS_MAX), "sessions: a number out of range")
+    require(within(columns.reshape(-1), -4 * TIME_MS_MAX, TIME_MS_MAX), "sessions: a number out of range")
     known = min(entries, columns.shape[1])
     for entry in told["uncertain"]:
         integer(entry, 0, known - 1, "sessions: an uncertain entry")

@@ -22,6 +22,7 @@ from topk_grpc.engine.sessions import Past
 from topk_grpc.engine.standing import StandingWindows
 from topk_grpc.engine.tiers import RollUp, Tier, Tiers, everything_at, parse_tiers
 from topk_grpc.errors import ForeignDirectoryError, OutOfRangeError, VersionError
+from topk_grpc.kernels.hash import hash_strings
 from topk_grpc.kernels.pairs import PairTable
 from topk_grpc.kernels.strings import StringTable
 from topk_grpc.model import Bounds, ClusterSettings, SessionWindow, Window, parse_window
@@ -79,6 +80,7 @@ class ShardState:
         self.oldest_event_ms: int | None = None
         self.pending_plays = 0
         self.standing = StandingWindows(self.boards, settings.resolution_ms)
+        self._song_slots: NDArray[np.int32] = np.empty(0, np.int32)
 
     @property
     def entries(self) -> int:
@@ -114,7 +116,7 @@ class ShardState:
 
     def move_standing(self, window: Window, bounds: Bounds) -> None:
         """Brings a standing window to bounds; folds it where they cannot be cut."""
-        self._look_back()
+        self.look_back()
         if isinstance(window, SessionWindow) or self.can_cut(bounds):
             self.standing.move(window, bounds)
         else:
@@ -123,11 +125,11 @@ class ShardState:
     @property
     def past(self) -> Past:
         """How far back the finest buckets are kept."""
-        roll_up, oldest = self.roll_up, self.oldest_event_ms
-        lost = oldest is not None and oldest // self.settings.resolution_ms < roll_up.first_kept
-        return Past(roll_up.borders[0], roll_up.first_kept if lost else None, roll_up)
+        oldest = self.oldest_event_ms
+        return Past.of(self.roll_up, None if oldest is None else oldest // self.settings.resolution_ms)
 
-    def _look_back(self) -> None:
+    def look_back(self) -> None:
+        """Tells the boards how far back the finest buckets are kept."""
         for board in self.boards.values():
             board.past = self.past if board.sessions else None
 
@@ -136,7 +138,7 @@ class ShardState:
         known = self.oldest_event_ms
         self.oldest_event_ms = oldest_ms if known is None else min(known, oldest_ms)
         self.newest_event_ms = newest_ms if known is None else max(newest_ms, self.newest_event_ms)
-        self._look_back()
+        self.look_back()
 
     @property
     def roll_up(self) -> RollUp:
@@ -147,6 +149,17 @@ class ShardState:
     def slots_bitmap(self) -> bytes:
         """The owned slots, slot s at bit s mod 8 of byte s div 8."""
         return np.packbits(self.owned, bitorder="little").tobytes()
+
+    def slots_of_songs(self) -> NDArray[np.int32]:
+        """The slot of each song, int32[songs]; those known before are not hashed again."""
+        known, count = len(self._song_slots), len(self.songs)
+        if known < count:
+            hashes = hash_strings(
+                self.songs.arena, self.songs.starts[known:count], self.songs.sizes(known, count - known)
+            )
+            slots = (hashes % np.uint64(self.settings.slots)).astype(np.int32)
+            self._song_slots = np.concatenate((self._song_slots, slots))
+        return self._song_slots
 
     def songs_of(self, board: str) -> NDArray[np.int32]:
         """The song of each entry of a board; empty where that is the entry's own number."""
@@ -270,6 +283,6 @@ class ShardState:
                 told["span"],
                 columns[f"{index}"],  # type: ignore[arg-type]
             )
-        state._look_back()
+        state.look_back()
         state.own(soundness.integer(slot, 0, settings.slots - 1, "an owned slot") for slot in meta["owned"])
         return state

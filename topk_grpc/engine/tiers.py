@@ -149,13 +149,22 @@ class Tiers:
 
     def changed(self, tiers: Sequence[Tier], standing: Iterable[Window], newest_ms: int) -> Tiers:
         """The tiers after a change of settings: what has been rolled up by now stays so."""
+        return Tiers(tiers, standing, self._held(tiers, newest_ms))
+
+    def joined(self, others: Tiers, newest_ms: int) -> Tiers:
+        """These tiers, where plays come in that were kept in others until a newest event time."""
+        floors = map(max, self.floors, others._held(self.tiers, newest_ms))
+        return Tiers(self.tiers, self.standing, tuple(floors))
+
+    def _held(self, tiers: Sequence[Tier], newest_ms: int) -> list[int]:
+        """For each of some tiers: plays before this instant are kept coarser by now than it would."""
         now = self.borders(newest_ms)
         floors = []
         for index, tier in enumerate(tiers):
             held = min(border for border, old in zip(now, self.tiers, strict=True) if tier.width_ms % old.width_ms == 0)
             width = tiers[min(index + 1, len(tiers) - 1)].width_ms
             floors.append(held if held == _NEVER else -(-held // width) * width)
-        return Tiers(tiers, standing, floors)
+        return floors
 
     # --- Cutting ------------------------------------------------------------------------------------------------------
 

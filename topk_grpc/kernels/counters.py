@@ -1,4 +1,4 @@
-"""Small sums: cells into entries' sums, charts' plays into pairs, running totals against a limit."""
+"""Passes over cells and plays: sums of entries, cells of some entries, charts' plays, totals against a limit."""
 
 from __future__ import annotations
 
@@ -73,6 +73,45 @@ def sum_cells(
     with cython.nogil:
         for i in range(cells):
             sums[entries[i]] += counts[i]
+
+
+def select_cells(
+    buckets: cython.const[cython.longlong][::1],
+    entries: cython.const[cython.int][::1],
+    counts: cython.const[cython.longlong][::1],
+    numbers: cython.const[cython.int][::1],
+    some_buckets: cython.longlong[::1],
+    some_entries: cython.int[::1],
+    some_counts: cython.longlong[::1],
+    cells: cython.Py_ssize_t,
+) -> int:
+    """The cells of some entries, under other numbers.
+
+    Args:
+        buckets, entries, counts: of each cell.
+        numbers: int32[entries], the number that each entry gets; -1: it is left out.
+        some_buckets, some_entries, some_counts: written; room for all cells.
+        cells: how many.
+
+    Returns:
+        How many were written.
+    """
+    if not cython.compiled:
+        buckets, entries, counts = memoryview(buckets), memoryview(entries), memoryview(counts)
+        numbers, some_buckets = memoryview(numbers), memoryview(some_buckets)
+        some_entries, some_counts = memoryview(some_entries), memoryview(some_counts)
+    i: cython.Py_ssize_t
+    number: cython.int
+    out: cython.Py_ssize_t = 0
+    with cython.nogil:
+        for i in range(cells):
+            number = numbers[entries[i]]
+            if number >= 0:
+                some_buckets[out] = buckets[i]
+                some_entries[out] = number
+                some_counts[out] = counts[i]
+                out += 1
+    return out
 
 
 def reach_limit(

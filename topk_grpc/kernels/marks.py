@@ -159,6 +159,10 @@ def enter(
             bitmaps[at] = from_bitmaps[i]
 
 
+def _slots_of(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64) - 1
+
+
 class MarkTable:
     """All marks of a shard. One writer."""
 
@@ -178,9 +182,7 @@ class MarkTable:
 
     def decide(self, verdicts: NDArray[np.uint8], owned: NDArray[np.uint8], producer: int, sequence: int) -> int:
         """Decides the slots that a batch touches; see `check_and_set`."""
-        wanted = 2 * (len(self) + len(verdicts))
-        if wanted > len(self._keys):
-            self._rebuild(1 << (wanted - 1).bit_length(), *self._columns())
+        self._reserve(len(verdicts))
         return check_and_set(verdicts, owned, producer, sequence, self._keys, self._highest, self._bitmaps, self._used)
 
     def forget(self, producers: NDArray[np.uint64]) -> None:
@@ -188,6 +190,48 @@ class MarkTable:
         keys, highest, bitmaps = self._columns()
         kept = ~np.isin(keys >> np.uint64(32), producers)
         self._rebuild(len(self._keys), keys[kept], highest[kept], bitmaps[kept])
+
+    def of_slots(self, wanted: NDArray[np.bool_]) -> dict[str, NDArray[np.uint64]]:
+        """The marks of some slots, by producer, then slot: `producers`, `slots`, `highest`, `bitmaps`.
+
+        Args:
+            wanted: bool[slots of the cluster].
+        """
+        keys, highest, bitmaps = self._columns()
+        rows = np.flatnonzero(wanted[_slots_of(keys)])
+        rows = rows[np.argsort(keys[rows])]
+        return {
+            "producers": keys[rows] >> np.uint64(32),
+            "slots": _slots_of(keys[rows]).astype(np.uint64),
+            "highest": highest[rows],
+            "bitmaps": bitmaps[rows],
+        }
+
+    def forget_slots(self, wanted: NDArray[np.bool_]) -> NDArray[np.uint64]:
+        """Drops all marks of some slots; the producers that have none left, ascending."""
+        keys, highest, bitmaps = self._columns()
+        dropped = wanted[_slots_of(keys)]
+        kept = ~dropped
+        self._rebuild(len(self._keys), keys[kept], highest[kept], bitmaps[kept])
+        return np.setdiff1d(keys[dropped] >> np.uint64(32), keys[kept] >> np.uint64(32))
+
+    def enter(
+        self,
+        producers: NDArray[np.uint64],
+        slots: NDArray[np.uint64],
+        highest: NDArray[np.uint64],
+        bitmaps: NDArray[np.uint64],
+    ) -> None:
+        """Enters marks that are not there yet, each (producer, slot) once."""
+        self._reserve(len(producers))
+        self._used[0] += len(producers)
+        keys = producers << np.uint64(32) | (slots + np.uint64(1))
+        enter(keys, highest, bitmaps, self._keys, self._highest, self._bitmaps)
+
+    def _reserve(self, marks: int) -> None:
+        wanted = 2 * (len(self) + marks)
+        if wanted > len(self._keys):
+            self._rebuild(1 << (wanted - 1).bit_length(), *self._columns())
 
     def _columns(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
         present = np.flatnonzero(self._keys)
