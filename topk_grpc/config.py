@@ -165,6 +165,7 @@ class ShardSettings(ServerSettings):
     standing_windows: str = setting("", "WINDOW,…", "Windows kept up to date from the start, as in tumbling:1h,sliding:10m/1m: a query on one costs O(k), and the buckets it needs are kept for as long as it reaches. Each costs every play a little, and 16 bytes an entry.")
     standing_windows_max: int = setting(8, "windows", "Windows kept up to date at once, those that queries have brought about included; queries on further ones sum time buckets. 0: queries bring about none.", 0, 64)
     standing_idle_seconds: float = setting(3600.0, "s", "A window that a query brought about is let go when nobody has asked for it for so long.", 1, 86_400 * 366)
+    frozen_seconds_max: float = setting(5.0, "s", "A shard that has frozen slots to give them away, and has not heard for so long that they have gone, aborts the migration and goes on with them. Must leave time to copy a slot.", 0.1, 3600)
     scan_queue_max: int = setting(64, "queries", "Queries that scan all entries and wait for their turn; one more is refused with RESOURCE_EXHAUSTED.", 1, 10_000)
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from topk_grpc.storage.archive import Archive, Stored
 from topk_grpc.storage.backup import copy_shard
 from topk_grpc.storage.files import Files, is_no_space
 from topk_grpc.storage.restore import Plan, check, finish, plan_shard, prepare, put, restore_shard
+from topk_grpc.topology.codec import decode
 
 SETTLED: Final = TOPOLOGY
 """The file of a cluster that is written last: with it, what is there is whole."""
@@ -68,7 +69,11 @@ def back_up(  # noqa: PLR0917
 ) -> tuple[int, Archive, dict[str, Any]]:
     """Makes one backup; returns its number, the archive, and what the manifest says of each shard."""
     found = find(data_dir, shard_ids)
+    topology = data_dir / TOPOLOGY
     try:
+        before = topology.read_bytes() if topology.exists() else None
+        if before is not None:
+            _check_unmoved(before, before, str(topology))
         archive = Archive.open(target, files, make=True)
         with archive.held():
             shards = {}
@@ -77,9 +82,9 @@ def back_up(  # noqa: PLR0917
                     on_shard(name)
                 shards[name] = _copy(files, path, name, archive)
             others = {}
-            topology = data_dir / TOPOLOGY
-            if topology.exists():  # it holds the cluster's secret
-                others[TOPOLOGY] = archive.put(TOPOLOGY, topology.read_bytes(), private=True).to_json()
+            if before is not None:  # it holds the cluster's secret
+                _check_unmoved(before, topology.read_bytes(), str(topology))
+                others[TOPOLOGY] = archive.put(TOPOLOGY, before, private=True).to_json()
             number = archive.commit({"created_ms": now_ms, "shards": shards, "files": others})
             if keep:
                 archive.prune(keep)
@@ -87,6 +92,16 @@ def back_up(  # noqa: PLR0917
         kind = DiskFullError if is_no_space(error) else StorageError
         raise kind(f"no backup was made in {target}: {error}. The earlier ones are as they were") from error
     return number, archive, shards
+
+
+def _check_unmoved(before: bytes, after: bytes, where: str) -> None:
+    """Shards are copied one after the other: a slot that moved meanwhile might be in both copies, or in none."""
+    first, last = decode(before, where), decode(after, where)
+    if first.migrations or last.migrations or first.owners != last.owners:
+        raise StorageError(
+            f"no backup was made: slots are moving between shards ({where}). `topk cluster pause`, wait until"
+            " `topk cluster status` shows no migration, back up, `topk cluster resume`"
+        )
 
 
 def _copy(files: Files, path: Path, name: str, archive: Archive) -> dict[str, Any]:

@@ -201,7 +201,9 @@ def _decide(state: ShardState, request: bytes, earlier: list[Part], part: Part, 
     if occurred & ~(1 << APPLY):
         part.chosen = (verdicts[slots] == APPLY).astype(np.uint8)
         part.verdict = pb.Verdict(skipped_slots=np.flatnonzero(verdicts > APPLY).tolist())
-        part.outcome.not_owner_slots.extend(np.flatnonzero(verdicts == NOT_OWNER).tolist())
+        lost = np.flatnonzero(verdicts == NOT_OWNER).tolist()
+        part.outcome.not_owner_slots.extend(lost)
+        part.outcome.new_owners.extend(state.ownership.going_to(slot) for slot in lost)
     if occurred & 1 << DUPLICATE:
         part.outcome.duplicate = True
         for index, reason in producer.rejects_of(columns.sequence):

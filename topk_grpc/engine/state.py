@@ -17,6 +17,7 @@ from topk_grpc.engine import soundness
 from topk_grpc.engine.boards import Board, global_songs
 from topk_grpc.engine.cells import ordered_cells
 from topk_grpc.engine.copies import Copy
+from topk_grpc.engine.ownership import Ownership
 from topk_grpc.engine.producers import Producers
 from topk_grpc.engine.sessions import Past
 from topk_grpc.engine.standing import StandingWindows
@@ -29,7 +30,8 @@ from topk_grpc.model import Bounds, ClusterSettings, SessionWindow, Window, pars
 
 GLOBAL: Final = "global"
 CHARTS: Final = "charts"
-STATE_FORMAT: Final = 2
+STATE_FORMAT: Final = 3
+_STATE_FORMATS: Final = (2, STATE_FORMAT)  # in 2 there was nothing of a slot but whether it is owned
 
 
 def check_settings(kept: ClusterSettings, present: ClusterSettings) -> None:
@@ -58,7 +60,7 @@ class ShardState:
         pairs: the entries of the chart board.
         boards: the global board and the chart board, under `GLOBAL` and `CHARTS`.
         producers: marks, rejects and times of producers.
-        owned: uint8[slots], 1 where this shard owns the slot.
+        ownership: the slots that this shard owns, gives away and is given.
         newest_event_ms: the time of the newest play; 0 without any.
         oldest_event_ms: the time of the oldest play; None without any.
         tiers: how fine the plays of each age are kept.
@@ -75,7 +77,7 @@ class ShardState:
         self.pairs = PairTable()
         self.boards = {GLOBAL: Board(heap_size), CHARTS: Board(heap_size)}
         self.producers = Producers()
-        self.owned: NDArray[np.uint8] = np.zeros(settings.slots, np.uint8)
+        self.ownership = Ownership(settings.slots)
         self.newest_event_ms = 0
         self.oldest_event_ms: int | None = None
         self.pending_plays = 0
@@ -91,11 +93,12 @@ class ShardState:
     def memory_bytes(self) -> int:
         """Bytes of all arrays."""
         tables = self.songs.memory_bytes + self.charts.memory_bytes + self.pairs.memory_bytes
+        tables += self.ownership.image_bytes
         return tables + self.producers.memory_bytes + sum(board.memory_bytes for board in self.boards.values())
 
     def own(self, slots: Iterable[int]) -> None:
         """Owns these slots from here on."""
-        self.owned[list(slots)] = 1
+        self.ownership.own(slots)
 
     def configure(self, tiers: Sequence[Tier], standing: Iterable[Window]) -> None:
         """Keeps plays in these tiers and these windows standing from here on."""
@@ -147,8 +150,13 @@ class ShardState:
 
     @property
     def slots_bitmap(self) -> bytes:
-        """The owned slots, slot s at bit s mod 8 of byte s div 8."""
-        return np.packbits(self.owned, bitorder="little").tobytes()
+        """The slots that queries are answered from, slot s at bit s mod 8 of byte s div 8."""
+        return np.packbits(self.ownership.answered, bitorder="little").tobytes()
+
+    @property
+    def owned(self) -> NDArray[np.uint8]:
+        """uint8[slots], 1 where this shard takes plays of the slot."""
+        return self.ownership.owned
 
     def slots_of_songs(self) -> NDArray[np.int32]:
         """The slot of each song, int32[songs]; those known before are not hashed again."""
@@ -182,6 +190,7 @@ class ShardState:
         }
         parts |= {name: board.to_arrays(copy) for name, board in self.boards.items()}
         sessions, parts["sessions"] = self._sessions_to_snapshot(copy)
+        ownership, parts["images"] = self.ownership.to_snapshot()
         arrays = {f"{part}.{name}": array for part, named in parts.items() for name, array in named.items()}
         meta = {
             "state_format": STATE_FORMAT,
@@ -198,7 +207,7 @@ class ShardState:
                 name: {str(number): done for number, done in board.cells.done.items()}
                 for name, board in self.boards.items()
             },
-            "owned": np.flatnonzero(self.owned).tolist(),
+            "ownership": ownership,
             "producers": producers,
         }
         return meta, arrays
@@ -236,10 +245,10 @@ class ShardState:
             InvalidArgumentError: it contradicts itself.
             KeyError, TypeError, ValueError: something is missing from it, or of another kind.
         """
-        if meta["state_format"] != STATE_FORMAT:
+        if meta["state_format"] not in _STATE_FORMATS:
             raise VersionError(
-                f"the snapshot's state has format {meta['state_format']}, this release reads {STATE_FORMAT}: start the"
-                " release that wrote it"
+                f"the snapshot's state has format {meta['state_format']}, this release reads"
+                f" {' and '.join(map(str, _STATE_FORMATS))}: start the release that wrote it"
             )
         check_settings(ClusterSettings(meta["slots"], meta["partitioner"], meta["resolution_ms"]), settings)
 
@@ -284,5 +293,8 @@ class ShardState:
                 columns[f"{index}"],  # type: ignore[arg-type]
             )
         state.look_back()
-        state.own(soundness.integer(slot, 0, settings.slots - 1, "an owned slot") for slot in meta["owned"])
+        if "owned" in meta:
+            state.own(soundness.integer(slot, 0, settings.slots - 1, "an owned slot") for slot in meta["owned"])
+        else:
+            state.ownership = Ownership.from_snapshot(settings.slots, meta["ownership"], part("images"))
         return state

@@ -36,15 +36,18 @@ from topk_grpc.engine.apply import apply, replay
 from topk_grpc.engine.cells import Cells, Merge, choose_merges, ordered_cells
 from topk_grpc.engine.copies import Room, copied_bytes
 from topk_grpc.engine.deletion import Deleted, delete, owns, plays_of
+from topk_grpc.engine.moves import settle
 from topk_grpc.engine.soundness import check_standing
 from topk_grpc.engine.state import ShardState, check_settings
 from topk_grpc.engine.tiers import RollUp, Tier, parse_tiers
+from topk_grpc.engine.transfer import can_import, export_slots, image_totals, read_image, slot_totals
 from topk_grpc.engine.windows import bounds_of
 from topk_grpc.errors import (
     CorruptError,
     DiskFullError,
     ForeignDirectoryError,
     InvalidArgumentError,
+    MigrationError,
     SettingError,
     WindowError,
 )
@@ -57,17 +60,21 @@ OWNED: Final = 2
 EXPIRE: Final = 3
 DELETE_SONG: Final = 4
 SETTINGS: Final = 5
-"""Types of log records; their payloads are AppendRecord, OwnedRecord, ExpireRecord, DeleteSongRecord and SettingsRecord
-of shard_service.proto."""
+FROZEN: Final = 6
+IMPORTED: Final = 7
+OUTCOME: Final = 8
+"""Types of log records; their payloads are AppendRecord, OwnedRecord, ExpireRecord, DeleteSongRecord, SettingsRecord,
+FrozenRecord, ImportedRecord and OutcomeRecord of shard_service.proto."""
 
 _BOARD_IDS: Final[Mapping[str, int]] = {"global": 0, "charts": 1}
 _MERGES_MAX: Final = 2
+_PIECE_BYTES: Final = 4 << 20  # of an image, in one record
 _SPARE: Final = 16  # one part in so many of what a snapshot copies
 _CLOCKS_APART_MS: Final = 60_000
 _SESSIONS_BEHIND_MS: Final = 2_000
 """Sessions only move on: left to themselves they stay a little behind, where slower clocks still ask for them."""
 _REPLAY_STEP_MS: Final = 60_000
-_SENSELESS: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, DecodeError)
+_SENSELESS: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, DecodeError, MigrationError)
 """What reading bytes that are whole, and make no sense, may raise; `InvalidArgumentError` is a ValueError."""
 _BLOCKS: Final = "blocks"
 _ROLLED_UP: Final = "blocks_rolled_up"
@@ -152,6 +159,7 @@ class ShardCore:
         self._snapshot_position = 0
         self._counted_position = 0
         self._sessions_due_ms = 0
+        self._pieces: list[bytes] = []  # of an image, while its records are read back
         self.identity: Identity | None = None
         self.state = ShardState(cluster, settings.heap_size)
 
@@ -210,6 +218,7 @@ class ShardCore:
         for record_type, payload, position in recovery.records():
             self._replay_record(record_type, payload, position)
             self._counted_position = position
+        self.state.ownership.assume_exported()
         return recovery
 
     def _restore(self, snapshot: Snapshot) -> None:
@@ -262,8 +271,27 @@ class ShardCore:
                 windows = [parse_window(text) for text in told.standing_windows]
                 check_standing(windows, self._cluster.resolution_ms)
                 self.state.configure(tiers, windows)
+            case 6:
+                frozen = pb.FrozenRecord.FromString(bytes(payload))
+                self.state.ownership.freeze(frozen.migration_id, frozen.slots, frozen.target)
+            case 7:
+                self._replay_piece(pb.ImportedRecord.FromString(bytes(payload)))
+            case 8:
+                outcome = pb.OutcomeRecord.FromString(bytes(payload))
+                settle(self.state, outcome.migration_id, committed=outcome.committed)
             case _:
                 raise InvalidArgumentError(f"its type is {record_type}, which this release does not know")
+
+    def _replay_piece(self, record: pb.ImportedRecord) -> None:
+        """Puts an image together again; its pieces are the records of one group."""
+        self._pieces.append(record.piece)
+        size = sum(map(len, self._pieces))
+        if size > record.image_bytes:
+            raise InvalidArgumentError(f"the pieces of an image have {size} bytes, not {record.image_bytes}")
+        if size == record.image_bytes:
+            image = b"".join(self._pieces)
+            self._pieces.clear()
+            self.state.ownership.take_in(record.migration_id, record.slots, record.source, image)
 
     def _advance_sessions(self, admitted_ms: int) -> None:
         """Moves standing sessions on while the log is replayed, as the clock did then, if in longer steps."""
@@ -304,6 +332,76 @@ class ShardCore:
         self._append_record(OWNED, record)
         self.identity = identity
         self.state.own(slots)
+
+    def freeze(self, migration_id: int, slots: Sequence[int], target: str) -> None:
+        """Takes no more plays of slots, durably; what came before is counted. Once more for the same does nothing.
+
+        Raises:
+            MigrationError: this shard does not own all of the slots, or moves some.
+            DiskFullError: nothing was frozen.
+            WriteFailedError: as for `commit`.
+        """
+        ownership = self.state.ownership
+        held = ownership.held.get(migration_id)
+        if held is not None and not held.incoming and held.slots == tuple(slots):
+            return
+        ownership.check_freeze(migration_id, slots)
+        self._append_record(FROZEN, pb.FrozenRecord(migration_id=migration_id, slots=slots, target=target))
+        ownership.freeze(migration_id, slots, target)
+
+    def export(self, migration_id: int) -> bytes:
+        """The image of frozen slots. From here on queries are not answered from them.
+
+        Raises:
+            MigrationError: they are not frozen.
+        """
+        return export_slots(self.state, self.state.ownership.export(migration_id))
+
+    def take_in(self, migration_id: int, slots: Sequence[int], source: str, image: bytes) -> None:
+        """Keeps the image of slots, durably and aside. Once more for the same migration does nothing.
+
+        Raises:
+            MigrationError: this shard owns one of the slots, or moves some.
+            InvalidArgumentError, ResourceExhaustedError: the image cannot be counted here.
+            DiskFullError: nothing was kept.
+            WriteFailedError: as for `commit`.
+        """
+        ownership, settings = self.state.ownership, self._settings
+        held = ownership.held.get(migration_id)
+        if held is not None and held.incoming and held.slots == tuple(slots):
+            return
+        ownership.check_import(migration_id, slots)
+        can_import(
+            self.state, read_image(image), charts_max=settings.charts_max, memory_bytes_max=settings.memory_bytes_max
+        )
+        pieces = [image[start : start + _PIECE_BYTES] for start in range(0, len(image), _PIECE_BYTES)]
+        records = [
+            pb.ImportedRecord(
+                migration_id=migration_id, slots=slots, source=source, piece=piece, image_bytes=len(image)
+            ).SerializeToString()
+            for piece in pieces
+        ]
+        self._open_log.append_group([(IMPORTED, [record]) for record in records])
+        self._counted_position = self.position
+        ownership.take_in(migration_id, slots, source, image)
+
+    def settle(self, migration_id: int, *, committed: bool) -> bool:
+        """Ends a migration, durably, as the topology has decided. One that is not under way here is left alone.
+
+        Returns:
+            Whether the state comes to what the source's did. It always should.
+
+        Raises:
+            DiskFullError: nothing has changed.
+            WriteFailedError: as for `commit`.
+        """
+        held = self.state.ownership.held.get(migration_id)
+        if held is None:
+            return True
+        expected = image_totals(read_image(held.image)) if held.incoming else ()
+        self._append_record(OUTCOME, pb.OutcomeRecord(migration_id=migration_id, committed=committed))
+        settle(self.state, migration_id, committed=committed)
+        return not (held.incoming and committed) or slot_totals(self.state, held.slots) == expected
 
     # --- Settings and standing windows --------------------------------------------------------------------------------
 

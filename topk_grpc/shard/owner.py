@@ -115,6 +115,15 @@ class ShardOwner:
         self._run_short()
         return await answer
 
+    async def change(self, job: Callable[[ShardCore], T]) -> T:
+        """Runs a change of what the shard owns between two groups.
+
+        Raises:
+            NotReadyError: the shard is stopping.
+        """
+        self._check_serving()
+        return await self._queue(self._long, job)
+
     async def scan(self, key: Hashable, query: Callable[[ShardCore], T]) -> T:
         """Runs a query that looks at all entries between two groups; those with equal keys that wait run once.
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+import numpy as np
+
+from topk_grpc.engine.ownership import Ownership
 from topk_grpc.errors import ForeignDirectoryError, TopologyConflictError, TopologyError
 from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.topology.store import TopologyStore
@@ -41,6 +44,26 @@ def check_directory(info: ShardInfo, directory_id: str, data_dir: str) -> None:
             f"{data_dir} (identity {directory_id}) is not the directory that {info.shard_id} began with (identity"
             f" {info.directory_id}): its plays are elsewhere or lost. Start the shard with its own"
             " --data-dir, or bring that back from a backup"
+        )
+
+
+def check_slots(topology: Topology, shard_id: str, ownership: Ownership, data_dir: str) -> None:
+    """Refuses a data directory that owns other slots than the topology says: it is an older copy of the right one.
+
+    Slots that move are left aside: what becomes of them is found out when the shard runs.
+
+    Raises:
+        ForeignDirectoryError: the two differ.
+    """
+    moving = {slot for held in ownership.held.values() for slot in held.slots}
+    owned = set(np.flatnonzero(ownership.owned).tolist()) - moving
+    said = set(topology.slots_of(shard_id)) - moving
+    if owned != said:
+        more, less = len(owned - said), len(said - owned)
+        raise ForeignDirectoryError(
+            f"{data_dir} owns {more} slots that the topology has given to other shards, and lacks {less} that it says"
+            f" are {shard_id}'s: it is a copy from before slots moved. Start the shard with its newest data; a backup"
+            " from before is restored only together with all the others of that time"
         )
 
 

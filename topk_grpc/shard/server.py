@@ -23,9 +23,11 @@ from topk_grpc.rpc.server import (
     create_server,
     start_health_server,
 )
+from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.shard.core import Identity, ShardCore
+from topk_grpc.shard.moves import ShardMoves
 from topk_grpc.shard.owner import ShardOwner, now_ms
-from topk_grpc.shard.registration import check_directory, find_shard, register
+from topk_grpc.shard.registration import check_directory, check_slots, find_shard, register
 from topk_grpc.shard.service import ShardService
 from topk_grpc.storage import Files
 from topk_grpc.topology.store import TopologyStore, open_store
@@ -88,16 +90,22 @@ async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStor
     try:
         await _recover(core, settings, stop)
         core.own(identity, topology.slots_of(settings.shard_id))
+        check_slots(await store.read(), settings.shard_id, core.state.ownership, settings.data_dir)
         core.configure(now_ms())
         owner = ShardOwner(core, settings)
-        service.open(owner)
+        channels = ShardChannels(settings, topology.cluster_id, topology.secret)
+        moves = ShardMoves(owner, store, channels, settings)
+        service.open(owner, moves)
         await register(store, settings.shard_id, settings.advertise or address, core.directory_id, settings.data_dir)
         await health.set(ready=True)
         log.event(
             "ready", address=address, cluster=topology.cluster_id, songs=len(core.state.songs), position=core.position
         )
         startup.tell_supervisor(settings, address)
-        await _serve_until_stopped(settings, stop, owner, health, servers)
+        try:
+            await _serve_until_stopped(settings, stop, owner, health, servers)
+        finally:
+            await moves.close()
     except BaseException:
         await asyncio.gather(*(each.stop(None) for each in servers))
         raise

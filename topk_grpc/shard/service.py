@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
 import grpc
+import numpy as np
 
 from topk_grpc.engine import query
 from topk_grpc.engine.account import Copied, copy_state
@@ -20,11 +21,13 @@ from topk_grpc.rpc import convert
 from topk_grpc.rpc.streams import messages
 from topk_grpc.shard.audit import serve_audit
 from topk_grpc.shard.core import Identity, ShardCore
+from topk_grpc.shard.moves import ShardMoves
 from topk_grpc.shard.owner import ShardOwner, now_ms
 
 SHARD_ID_KEY: Final = "topk-shard-id"
 CLUSTER_ID_KEY: Final = "topk-cluster-id"
 _STREAM_REQUESTS_MAX: Final = 64
+_PIECE_BYTES: Final = 1 << 20  # of an image, in one message
 
 T = TypeVar("T")
 
@@ -42,18 +45,25 @@ class ShardService(_Base):  # type: ignore[misc]
 
     def __init__(self, identity: Identity, drain: asyncio.Event) -> None:
         self._recovered: ShardOwner | None = None
+        self._moves: ShardMoves | None = None
         self._identity = identity
         self._drain = drain
 
-    def open(self, owner: ShardOwner) -> None:
-        """Serves from here on; until then every call is told to come again."""
-        self._recovered = owner
+    def open(self, owner: ShardOwner, moves: ShardMoves | None = None) -> None:
+        """Serves from here on; until then every call is told to come again. Slots move only with `moves`."""
+        self._recovered, self._moves = owner, moves
 
     @property
     def _owner(self) -> ShardOwner:
         if self._recovered is None:
             raise NotReadyError(f"{self._identity.shard_id} is recovering from its log: try again soon")
         return self._recovered
+
+    @property
+    def _moving(self) -> ShardMoves:
+        if self._moves is None:
+            raise NotReadyError(f"{self._identity.shard_id} does not move slots yet: try again soon")
+        return self._moves
 
     def _check_addressee(self, context: Context) -> None:
         metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
@@ -174,12 +184,40 @@ class ShardService(_Base):  # type: ignore[misc]
 
         def answer(core: ShardCore) -> pb.DeleteSongResponse:
             had = core.delete_song(song_id)
-            return pb.DeleteSongResponse(
-                coverage=_coverage(core, query.totals(core.state, Scope())), plays=had.plays, charts=had.charts
-            )
+            coverage = _coverage(core, query.totals(core.state, Scope()))
+            coverage.slots = np.packbits(core.state.owned, bitorder="little").tobytes()  # of a frozen one nothing goes
+            return pb.DeleteSongResponse(coverage=coverage, plays=had.plays, charts=had.charts)
 
         # It looks through all cells, as a scan does; and two who ask at once are told of the same plays.
         return await self._owner.scan(("delete_song", song_id), answer)
+
+    async def FreezeSlots(self, request: pb.FreezeSlotsRequest, context: Context) -> pb.FreezeSlotsResponse:  # noqa: N802
+        """Freezes the slots of a migration."""
+        self._check_addressee(context)
+        await self._moving.freeze(request.migration_id)
+        return pb.FreezeSlotsResponse()
+
+    async def ExportSlots(  # noqa: N802
+        self, request: pb.ExportSlotsRequest, context: Context
+    ) -> AsyncIterator[pb.ExportSlotsResponse]:
+        """The image of a migration's slots."""
+        self._check_addressee(context)
+        image = await self._moving.export(request.migration_id)
+        for start in range(0, len(image), _PIECE_BYTES):
+            yield pb.ExportSlotsResponse(piece=image[start : start + _PIECE_BYTES])
+
+    async def ImportSlots(self, request: pb.ImportSlotsRequest, context: Context) -> pb.ImportSlotsResponse:  # noqa: N802
+        """Fetches the image of a migration's slots and keeps it."""
+        self._check_addressee(context)
+        size, plays = await self._moving.fetch(request.migration_id)
+        return pb.ImportSlotsResponse(image_bytes=size, plays=plays)
+
+    async def SettleMigration(  # noqa: N802
+        self, request: pb.SettleMigrationRequest, context: Context
+    ) -> pb.SettleMigrationResponse:
+        """Acts on the outcome of a migration."""
+        self._check_addressee(context)
+        return pb.SettleMigrationResponse(not_conserved=not await self._moving.settle(request.migration_id))
 
     async def Audit(self, request: pb.AuditRequest, context: Context) -> pb.AuditResponse:  # noqa: N802
         """Digests of the state. Writes wait for a copy of what can change, not for the digests."""
