@@ -142,6 +142,15 @@ def test_corrections_are_late_ahead_and_huge_like_plays() -> None:
     assert query.totals(shard.state, Scope()).plays == COUNT_MAX
 
 
+def test_a_chart_may_come_to_more_than_the_largest_total_and_is_recovered_so() -> None:
+    shard = new_shard()
+    assert rejects(shard, part(1, play("a", COUNT_MAX, "US")), part(2, play("a", -1))) == [{}, {}]
+    assert rejects(shard, part(3, play("a", 1, "US"))) == [{}]
+    shard.take_snapshot(use_blocks=True)
+    shard.recover()
+    assert [count(shard, "a"), count(shard, "a", "US")] == [COUNT_MAX, COUNT_MAX + 1]
+
+
 def test_a_full_shard_takes_corrections_and_rejects_those_of_unknown_songs_for_what_they_are() -> None:
     shard = new_shard()
     shard.submit(part(1, play("a", 2)))

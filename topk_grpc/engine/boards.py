@@ -21,7 +21,6 @@ from topk_grpc.engine.copies import Copy
 from topk_grpc.engine.rankings import Names, Ranking
 from topk_grpc.engine.session_spans import SessionSpan
 from topk_grpc.engine.sessions import Past
-from topk_grpc.engine.spans import cells_of
 from topk_grpc.kernels.strings import StringTable
 
 _IDENTITY: Final = np.empty(0, np.int32)
@@ -247,10 +246,8 @@ class Board:
             cells: their plays by time.
             songs, strings, known, entry_charts: as in `add`.
         """
-        if not len(entries):
-            return
         self.names, self.entry_charts = Names(songs, strings), entry_charts
-        self._reserve(known, int(charts.max()) + 1)
+        self._reserve(known, int(charts.max(initial=0)) + 1)
         self.all_time.count(self._rows, self.names, charts, entries, counts)
         for span in self.spans.values():
             inside = cells.within(span.start, span.end)
@@ -281,8 +278,10 @@ class Board:
             ranking.count(self._rows, self.names, self.charts_of(held), held, -counts[counts != 0])
         for session_span in self.sessions.values():
             session_span.forget(entries)
-        buckets, owners, counts = cells_of(self.cells, entries)
-        self.cells.append(buckets, owners, -counts)
+        numbers = np.full(self._entries, -1, np.int32)
+        numbers[entries] = entries
+        for cells in list(self.cells.of_entries(numbers)):
+            self.cells.append(cells.buckets, cells.entries, -cells.counts)
 
     # --- Reading ------------------------------------------------------------------------------------------------------
 

@@ -24,13 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topk_grpc.engine.tiers import RollUp
-from topk_grpc.kernels.counters import sum_cells
+from topk_grpc.kernels.counters import select_cells, sum_cells
 from topk_grpc.kernels.sorting import pack_keys, sum_by_key, unpack_keys
 
 CHUNK_CELLS: Final = 1 << 20
 """20 MB: large enough that the kernel backs the columns with huge pages; only what is filled takes memory."""
 BLOCK_CELLS: Final = 1 << 23
 """Blocks larger than this, 160 MB on disk, are never merged again."""
+
+_STEP_CELLS: Final = 1 << 20
+"""So many cells are looked at together where some are picked out, which bounds what that takes in memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -266,6 +269,23 @@ class CellStore:
         for cells in self._all():
             if start < end and cells.first < end and cells.last >= start and len(piece := cells.within(start, end)):
                 yield piece
+
+    def of_entries(self, numbers: NDArray[np.int32]) -> Iterator[Cells]:
+        """All cells of some entries, in pieces, as they lie.
+
+        Args:
+            numbers: int32[entries]: for each entry of the board the number that its cells get; -1: leave them out.
+        """
+        room = np.empty(_STEP_CELLS, np.int64), np.empty(_STEP_CELLS, np.int32), np.empty(_STEP_CELLS, np.int64)
+        for cells in list(self._all()):
+            for start in range(0, len(cells), _STEP_CELLS):
+                step = slice(start, start + _STEP_CELLS)
+                buckets, entries, counts = cells.buckets[step], cells.entries[step], cells.counts[step]
+                found = select_cells(buckets, entries, counts, numbers, *room, len(buckets))
+                if found:
+                    some = room[0][:found].copy()
+                    owners, plays = room[1][:found].copy(), room[2][:found].copy()
+                    yield Cells(some, owners, plays, int(some.min()), int(some.max()), ordered=False)
 
     def sums(self, start: int, end: int, entries: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Each entry's plays in the buckets [start, end): entries, ascending, each once, and their sums, none 0.

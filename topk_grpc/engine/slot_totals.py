@@ -58,17 +58,18 @@ def chosen_songs(state: ShardState, wanted: NDArray[np.bool_]) -> NDArray[np.boo
 def slot_totals(state: ShardState, slots: Sequence[int]) -> SlotTotals:
     """The totals of some slots of a state."""
     wanted = chosen_slots(state, slots)
-    entries = entries_of(state, chosen_songs(state, wanted))
+    songs = chosen_songs(state, wanted)
+    entries = entries_of(state, songs)
+    of_songs = np.zeros(len(songs), np.uint64)
+    of_songs[songs] = _song_hashes(state, np.flatnonzero(songs))
     names = state.charts
     chart_hashes = hash_strings(names.arena, names.starts[: len(names)], names.sizes(0, len(names)))
     tables = []
     for board, some in entries.items():
-        songs = state.songs_of(board)[some] if board == CHARTS else some
+        named = state.pairs.songs[some] if board == CHARTS else some
         charts = state.pairs.charts[some] if board == CHARTS else np.zeros(len(some), np.int32)
-        starts = state.songs.starts[songs]
-        sizes = state.songs.arena[starts - 2].astype(np.int32) | state.songs.arena[starts - 1].astype(np.int32) << 8
-        hashes = hash_strings(state.songs.arena, starts, sizes)
-        tables.append(_table(chart_hashes[charts], hashes, state.boards[board].counts_of(some), len(wanted)))
+        counts = state.boards[board].counts_of(some)
+        tables.append(_table(chart_hashes[charts], of_songs[named], counts, len(wanted)))
     marks = state.producers.marks.of_slots(wanted)
     numbers, which = np.unique(marks["producers"], return_inverse=True)
     hashes = np.array([hash_of(name) for name, _ in state.producers.with_marks(numbers)], np.uint64)
@@ -76,6 +77,12 @@ def slot_totals(state: ShardState, slots: Sequence[int]) -> SlotTotals:
         sorted(set(slots)), len(wanted), tables,
         digest_marks(hashes[which], marks["slots"].astype(np.int64), marks["highest"], marks["bitmaps"], len(wanted)),
     )  # fmt: skip
+
+
+def _song_hashes(state: ShardState, songs: NDArray[np.intp]) -> Numbers:
+    starts = state.songs.starts[songs]
+    sizes = state.songs.arena[starts - 2].astype(np.int32) | state.songs.arena[starts - 1].astype(np.int32) << 8
+    return hash_strings(state.songs.arena, starts, sizes)
 
 
 def image_totals(image: SlotsImage) -> SlotTotals:

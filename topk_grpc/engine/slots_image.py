@@ -15,22 +15,27 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from topk_grpc.engine.cells import Cells
 from topk_grpc.engine.sessions import Past
-from topk_grpc.engine.soundness import check_cells, check_standing, check_times, integer, require, within
+from topk_grpc.engine.soundness import SUM_MAX, check_cells, check_standing, check_times, integer, require, within
 from topk_grpc.engine.state import CHARTS, GLOBAL
 from topk_grpc.engine.tiers import Tiers, parse_tiers
 from topk_grpc.errors import InvalidArgumentError, VersionError
 from topk_grpc.kernels.counters import sum_cells
+from topk_grpc.kernels.encode import varint
 from topk_grpc.kernels.hash import hash_strings
-from topk_grpc.model import COUNT_MAX, TIME_MS_MAX, ClusterSettings, SessionWindow, Window, parse_window
+from topk_grpc.model import TIME_MS_MAX, ClusterSettings, SessionWindow, Window, parse_window
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 
 IMAGE_VERSION: Final = 1
 
+Pieces = list[bytes | memoryview]
+"""Bytes, to be joined."""
+
+_LENGTH_DELIMITED: Final = 2
 _NAME_BYTES_MAX: Final = (1 << 16) - 1
 _BUCKET_MIN: Final = -4 * TIME_MS_MAX
 
@@ -161,60 +166,76 @@ def write_image(image: SlotsImage) -> bytes:
         tiers=str(image.tiers),
         tier_floors=image.tiers.floors,
         standing_windows=[str(window) for window in image.tiers.standing],
-        song_ids=image.song_ids,
-        song_sizes=_bytes_of(image.song_sizes),
         charts=image.charts,
-        global_board=_write_board(image.boards[GLOBAL], in_charts=False),
-        chart_board=_write_board(image.boards[CHARTS], in_charts=True),
         producers=[
             pb.ImageProducer(
                 producer_id=one.producer_id,
                 last_seen_ms=one.last_seen_ms,
                 permanent=one.permanent,
                 rejects=[
-                    pb.ImageRejects(sequence=sequence, packed=_bytes_of(np.array(packed, np.uint64)))
+                    pb.ImageRejects(sequence=sequence, packed=_data_of(np.array(packed, np.uint64)).tobytes())
                     for sequence, packed in one.rejects.items()
                 ],
             )
             for one in image.producers
         ],
-        marks=pb.ImageMarks(
-            producers=_bytes_of(image.marks.producers),
-            slots=_bytes_of(image.marks.slots),
-            highest=_bytes_of(image.marks.highest),
-            bitmaps=_bytes_of(image.marks.bitmaps),
-        ),
     )
-    return message.SerializeToString(deterministic=True)
+    marks = image.marks
+    pieces: Pieces = [message.SerializeToString(deterministic=True)]
+    pieces += _field(pb.SlotsImage, "song_ids", [image.song_ids])
+    pieces += _column_field(pb.SlotsImage, "song_sizes", image.song_sizes)
+    pieces += _field(pb.SlotsImage, "global_board", _write_board(image.boards[GLOBAL], in_charts=False))
+    pieces += _field(pb.SlotsImage, "chart_board", _write_board(image.boards[CHARTS], in_charts=True))
+    columns: dict[str, NDArray[Any]] = {
+        "producers": marks.producers,
+        "slots": marks.slots,
+        "highest": marks.highest,
+        "bitmaps": marks.bitmaps,
+    }
+    pieces += _field(pb.SlotsImage, "marks", _columns_fields(pb.ImageMarks, columns))
+    return b"".join(pieces)
 
 
-def _write_board(board: ImageBoard, *, in_charts: bool) -> pb.ImageBoard:
-    return pb.ImageBoard(
-        charts=_bytes_of(board.charts) if in_charts else b"",
-        songs=_bytes_of(board.songs),
-        counts=_bytes_of(board.counts),
-        cell_buckets=_bytes_of(board.cells.buckets),
-        cell_entries=_bytes_of(board.cells.entries),
-        cell_counts=_bytes_of(board.cells.counts),
-        sessions=[
-            pb.ImageSessions(
-                window=str(window),
-                end=told.end,
-                settled=told.settled,
-                entries=_bytes_of(told.entries),
-                starts=_bytes_of(told.columns[0]),
-                lasts=_bytes_of(told.columns[1]),
-                plays=_bytes_of(told.columns[2]),
-                priors=_bytes_of(told.columns[3]),
-                uncertain=_bytes_of(told.uncertain),
-            )
-            for window, told in board.sessions.items()
-        ],
-    )
+def _write_board(board: ImageBoard, *, in_charts: bool) -> Pieces:
+    columns: dict[str, NDArray[Any]] = {"charts": board.charts} if in_charts else {}
+    columns |= {"songs": board.songs, "counts": board.counts}
+    cells = board.cells
+    columns |= {"cell_buckets": cells.buckets, "cell_entries": cells.entries, "cell_counts": cells.counts}
+    pieces = _columns_fields(pb.ImageBoard, columns)
+    for window, told in board.sessions.items():
+        pieces += _field(pb.ImageBoard, "sessions", _write_sessions(window, told))
+    return pieces
 
 
-def _bytes_of(column: NDArray[Any]) -> bytes:
-    return column.astype(column.dtype.newbyteorder("<"), copy=False).tobytes()
+def _write_sessions(window: Window, told: ImageSessions) -> Pieces:
+    message = pb.ImageSessions(window=str(window), end=told.end, settled=told.settled)
+    starts, lasts, plays, priors = told.columns
+    columns: dict[str, NDArray[Any]] = {"entries": told.entries, "uncertain": told.uncertain}
+    columns |= {"starts": starts, "lasts": lasts, "plays": plays, "priors": priors}
+    return [message.SerializeToString(), *_columns_fields(pb.ImageSessions, columns)]
+
+
+# Columns are written between the messages by hand: message objects would copy each of them three times.
+
+
+def _field(message: type[Message], name: str, pieces: Pieces) -> Pieces:
+    """A field of bytes or of a message, given in pieces."""
+    number = message.DESCRIPTOR.fields_by_name[name].number
+    size = sum(piece.nbytes if isinstance(piece, memoryview) else len(piece) for piece in pieces)
+    return [varint(number << 3 | _LENGTH_DELIMITED) + varint(size), *pieces]
+
+
+def _columns_fields(message: type[Message], columns: Mapping[str, NDArray[Any]]) -> Pieces:
+    return [piece for name, column in columns.items() for piece in _column_field(message, name, column)]
+
+
+def _column_field(message: type[Message], name: str, column: NDArray[Any]) -> Pieces:
+    return _field(message, name, [_data_of(column)]) if len(column) else []
+
+
+def _data_of(column: NDArray[Any]) -> memoryview:
+    """A column's bytes, little-endian."""
+    return np.ascontiguousarray(column.astype(column.dtype.newbyteorder("<"), copy=False)).view(np.uint8).data
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -300,9 +321,10 @@ def _read_songs(
     first_bytes = np.frombuffer(message.song_ids, np.uint8)[starts]
     require(((first_bytes & 0xC0) != 0x80).all(), "image: a song_id begins within a character")
     hashes = hash_strings(message.song_ids or b"\0", starts, sizes)
-    held = np.isin(hashes % np.uint64(settings.slots), np.array(slots, np.uint64))
-    require(held.all(), "image: a song of another slot")
-    order = np.argsort(hashes, kind="stable")
+    wanted = np.zeros(settings.slots, np.bool_)
+    wanted[list(slots)] = True
+    require(wanted[hashes % np.uint64(settings.slots)].all(), "image: a song of another slot")
+    order = np.argsort(hashes)
     twins = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
     alike = {int(song) for at in twins.tolist() for song in order[at : at + 2]}
     names = {message.song_ids[int(starts[song]) : int(stops[song])] for song in alike}
@@ -332,10 +354,9 @@ def _read_board(
         of_charts = _column(told.charts, "i4", f"{what}: charts", len(counts)).copy()
         require(within(of_charts, 1, charts), f"image: {what}: an entry of an unknown chart")
     require(within(of_songs, 0, songs - 1), f"image: {what}: an entry of an unknown song")
-    require(within(counts, 1, COUNT_MAX), f"image: {what}: a count lies out of range")
-    require(float(counts.sum(dtype=np.float64)) <= 2 * COUNT_MAX, f"image: {what}: too many plays")
-    keys = of_charts.astype(np.int64) << 32 | of_songs
-    require(len(np.unique(keys)) == len(keys), f"image: {what}: an entry occurs twice")
+    require(within(counts, 1, SUM_MAX), f"image: {what}: a count lies out of range")
+    require(float(counts.sum(dtype=np.float64)) <= SUM_MAX, f"image: {what}: too many plays")
+    _check_distinct(of_charts.astype(np.int64) << 32 | of_songs, f"image: {what}: an entry occurs twice")
     cells = _read_cells(told, what, counts, newest_bucket)
     sessions = {}
     for one in told.sessions:
@@ -353,8 +374,8 @@ def _read_cells(told: pb.ImageBoard, what: str, counts: NDArray[np.int64], newes
         return Cells(buckets, entries, plays, 0, 0, ordered=True)
     check_cells(buckets, entries, f"image: {what}", len(counts))
     require(int(buckets[-1]) <= newest_bucket, f"image: {what}: a cell behind the newest play")
-    require(within(plays, 1, COUNT_MAX), f"image: {what}: a cell's count lies out of range")
-    require(float(plays.sum(dtype=np.float64)) <= 2 * COUNT_MAX, f"image: {what}: too many plays in cells")
+    require(within(plays, 1, SUM_MAX), f"image: {what}: a cell's count lies out of range")
+    require(float(plays.sum(dtype=np.float64)) <= SUM_MAX, f"image: {what}: too many plays in cells")
     sums = np.zeros(len(counts), np.int64)
     sum_cells(entries, plays, sums, len(plays))
     require((sums <= counts).all(), f"image: {what}: cells hold more plays than their entry")
@@ -372,10 +393,15 @@ def _read_sessions(told: pb.ImageSessions, what: str, known: int) -> ImageSessio
     for column in (starts, lasts, priors):
         require(within(column, _BUCKET_MIN, TIME_MS_MAX), f"image: {what}: a time out of range")
     require((starts <= lasts).all() and (lasts < end).all(), f"image: {what}: a session that ends where it cannot")
-    require(within(plays, 1, COUNT_MAX), f"image: {what}: a session's plays lie out of range")
+    require(within(plays, 1, SUM_MAX), f"image: {what}: a session's plays lie out of range")
     uncertain = _column(told.uncertain, "i4", f"{what}: uncertain").copy()
     _check_ascending(uncertain, known, what)
     return ImageSessions(end, settled, entries, columns, uncertain)
+
+
+def _check_distinct(keys: NDArray[np.int64], what: str) -> None:
+    keys.sort()
+    require((keys[1:] != keys[:-1]).all(), what)
 
 
 def _check_ascending(entries: NDArray[np.int32], known: int, what: str) -> None:
@@ -401,7 +427,6 @@ def _read_marks(told: pb.ImageMarks, slots: tuple[int, ...], producers: int) -> 
     highest, bitmaps = (_column(part, "u8", "marks", rows).copy() for part in (told.highest, told.bitmaps))
     require(within(of_producers, 0, producers - 1), "image: a mark of an unknown producer")
     require(np.isin(of_slots, np.array(slots, np.int64)).all(), "image: a mark of another slot")
-    keys = of_producers.astype(np.int64) << 32 | of_slots
-    require(len(np.unique(keys)) == rows, "image: a mark occurs twice")
-    require(len(np.unique(of_producers)) == producers, "image: a producer without marks")
+    _check_distinct(of_producers.astype(np.int64) << 32 | of_slots, "image: a mark occurs twice")
+    require(np.bincount(of_producers, minlength=producers).all(), "image: a producer without marks")
     return ImageMarks(of_producers, of_slots, highest, bitmaps)

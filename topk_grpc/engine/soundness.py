@@ -20,6 +20,10 @@ from topk_grpc.model import COUNT_MAX, TIME_MS_MAX, GlobalWindow, RangeWindow, W
 
 Arrays = Mapping[str, NDArray[Any]]
 
+SUM_MAX: Final = 1 << 61
+"""What a chart holds at the most. It may be more than a shard's largest total: corrections that do not name the chart
+make room for plays that do."""
+
 _STRINGS_AT_ONCE: Final = 1 << 16
 _CELLS_AT_ONCE: Final = 1 << 20
 _NUMBER_MAX: Final = (1 << 32) - 1
@@ -134,7 +138,8 @@ def check_board(arrays: Arrays, what: str, entry_charts: NDArray[np.int32], entr
     if totals is None or totals.ndim != 2 or totals.shape[1] != 2 or totals.dtype != np.dtype("i8"):
         raise InvalidArgumentError(f"{what}: its totals are missing, or not two columns of integers")
     require(1 <= len(totals) <= 2 * charts + 1, f"{what}: totals of {len(totals)} charts, of {charts}")
-    require(within(counts, 0, COUNT_MAX), f"{what}: a count lies out of range")
+    most = SUM_MAX if len(entry_charts) else COUNT_MAX
+    require(within(counts, 0, most), f"{what}: a count lies out of range")
     if not len(entry_charts):
         plays, present = [int(counts.sum())], [int(np.count_nonzero(counts))]
     else:

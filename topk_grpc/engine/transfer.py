@@ -58,7 +58,6 @@ from topk_grpc.engine.slots_image import (
 from topk_grpc.engine.state import CHARTS, GLOBAL, ShardState, check_settings
 from topk_grpc.engine.tiers import RollUp
 from topk_grpc.errors import InvalidArgumentError, ResourceExhaustedError
-from topk_grpc.kernels.counters import select_cells
 from topk_grpc.model import COUNT_MAX, Bounds, SessionWindow, Window
 
 __all__ = [
@@ -72,9 +71,6 @@ __all__ = [
     "read_image",
     "slot_totals",
 ]
-
-_STEP_CELLS = 1 << 20
-_ALWAYS = 1 << 62
 
 
 # --- Export -----------------------------------------------------------------------------------------------------------
@@ -90,17 +86,14 @@ def export_slots(state: ShardState, slots: Sequence[int]) -> bytes:
     wanted = chosen_slots(state, slots)
     entries = entries_of(state, chosen_songs(state, wanted))
     charted = entries[CHARTS]
-    songs = np.union1d(entries[GLOBAL], state.pairs.songs[charted]).astype(np.int32)
-    charts = np.unique(state.pairs.charts[charted])
+    of_songs, of_charts = state.pairs.songs[charted], state.pairs.charts[charted]
+    songs, song_places = _renumbered(len(state.songs), entries[GLOBAL], of_songs)
+    charts, chart_places = _renumbered(len(state.charts), of_charts)
+    in_global = np.zeros(len(entries[GLOBAL]), np.int32)
     boards = {
-        GLOBAL: _export_board(
-            state, GLOBAL, entries[GLOBAL], np.zeros(len(entries[GLOBAL]), np.int32), _places(songs, entries[GLOBAL])
-        ),
-        CHARTS: _export_board(
-            state, CHARTS, charted,
-            _places(charts, state.pairs.charts[charted]) + np.int32(1), _places(songs, state.pairs.songs[charted]),
-        ),
-    }  # fmt: skip
+        GLOBAL: _export_board(state, GLOBAL, entries[GLOBAL], in_global, song_places[entries[GLOBAL]]),
+        CHARTS: _export_board(state, CHARTS, charted, chart_places[of_charts] + np.int32(1), song_places[of_songs]),
+    }
     producers, marks = _export_marks(state, wanted)
     song_ids, starts, sizes = _export_songs(state, songs)
     return write_image(
@@ -122,8 +115,12 @@ def export_slots(state: ShardState, slots: Sequence[int]) -> bytes:
     )
 
 
-def _places(ordered: NDArray[np.int32], values: NDArray[np.int32]) -> NDArray[np.int32]:
-    return np.searchsorted(ordered, values).astype(np.int32)
+def _renumbered(count: int, *used: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The numbers below `count` that are used, ascending, and for each number its place among them."""
+    flags = np.zeros(count, np.bool_)
+    for numbers in used:
+        flags[numbers] = True
+    return np.flatnonzero(flags).astype(np.int32), np.cumsum(flags, dtype=np.int32) - np.int32(1)
 
 
 def _export_songs(
@@ -164,17 +161,7 @@ def _export_cells(board: Board, entries: NDArray[np.int32], roll_up: RollUp) -> 
     """The entries' cells as a snapshot taken now would keep them, each entry under its place."""
     numbers = np.full(len(board), -1, np.int32)
     numbers[entries] = np.arange(len(entries), dtype=np.int32)
-    room = np.empty(_STEP_CELLS, np.int64), np.empty(_STEP_CELLS, np.int32), np.empty(_STEP_CELLS, np.int64)
-    parts = []
-    for cells in board.cells.within(-_ALWAYS, _ALWAYS) if len(entries) else ():
-        for start in range(0, len(cells), _STEP_CELLS):
-            step = slice(start, start + _STEP_CELLS)
-            buckets, owners, counts = cells.buckets[step], cells.entries[step], cells.counts[step]
-            found = select_cells(buckets, owners, counts, numbers, *room, len(buckets))
-            if found:
-                some = room[0][:found].copy()
-                owners, counts = room[1][:found].copy(), room[2][:found].copy()
-                parts.append(Cells(some, owners, counts, int(some.min()), int(some.max()), ordered=False))
+    parts = list(board.cells.of_entries(numbers)) if len(entries) else []
     return merge(parts, roll_up) if parts else no_cells()
 
 
@@ -253,9 +240,7 @@ def import_slots(state: ShardState, image: SlotsImage) -> None:
         state.note_times(image.oldest_event_ms, image.newest_event_ms)
     songs = state.songs.add(image.song_ids, image.song_starts, image.song_sizes, image.song_hashes)
     charts = np.append(np.zeros(1, np.int32), state.charts.add_texts(list(image.charts)) if image.charts else [])
-    for name, told in image.boards.items():
-        if not len(told):
-            continue
+    for name, told in image.boards.items():  # the global board has a row for each song, with plays or without
         of_charts = charts[told.charts].astype(np.int32)
         entries = songs[told.songs]
         if name == CHARTS:
