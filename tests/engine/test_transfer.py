@@ -6,15 +6,19 @@ while other plays go on, and shards are recovered from snapshots and logs.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Final
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.engine_shard import EngineShard
 from tests.engine.moving_cluster import SHARDS, SLOTS, Begin, ClusterStep, Finish, MovingCluster, OnOne, Resend
-from tests.window_traffic import STEPS, TIERS, WINDOWS, Ask, Move, Recover, Snapshot, Stand
+from tests.window_traffic import STEPS, TIERS, WINDOWS, Ask, AskAround, Move, Recover, Snapshot, Stand
 from topk_grpc.engine import cells
+from topk_grpc.engine.account import Account, account, copy_state
 from topk_grpc.model import Window
 
 ALONE: Final = st.one_of(
@@ -59,3 +63,43 @@ def test_windows_say_what_the_tally_says_while_slots_move(
         cluster.run(Ask(True, None, everything, ""))
         for which in range(len(cluster.sent)):
             cluster.run(Resend(which))
+
+
+def account_of(shard: EngineShard) -> Account:
+    return account(copy_state(shard.state))
+
+
+def same(one: Account, other: Account, *, windows: bool) -> None:
+    for field in dataclasses.fields(Account):
+        if field.name != "windows" or windows:
+            left, right = getattr(one, field.name), getattr(other, field.name)
+            assert np.array_equal(left, right) if isinstance(left, np.ndarray) else left == right, field.name
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.lists(CLUSTER_STEPS, min_size=6, max_size=30),
+    tiers=st.sampled_from(TIERS),
+    windows=st.lists(WINDOWS, min_size=1, max_size=4, unique=True),
+)
+def test_shards_that_are_recovered_after_every_step_are_the_same(
+    snapshots: bool, steps: list[ClusterStep], tiers: str, windows: list[Window]
+) -> None:
+    """From a snapshot, windows included; and from nothing but the log, which does not know when windows were moved."""
+    calm, shaken = MovingCluster(tiers, windows, 3), MovingCluster(tiers, windows, 3)
+    for step in steps:
+        if isinstance(step, Ask | AskAround | Recover | Snapshot | OnOne):
+            continue
+        for cluster in (calm, shaken):
+            cluster.run(step)
+        if snapshots:
+            shaken.run(Snapshot(True))
+        shaken.run(Recover(3))
+    for cluster in (calm, shaken):
+        cluster.finish()
+        cluster.run(Move())
+    for one, other in zip(calm.shards, shaken.shards, strict=True):
+        same(account_of(one), account_of(other), windows=snapshots)
+        assert (one.state.tiers.floors, one.state.past) == (other.state.tiers.floors, other.state.past)
+        assert list(one.state.standing) == list(other.state.standing)
