@@ -29,7 +29,7 @@ from typing import Final
 
 from topk_grpc.errors import MigrationError, TopKError, TopologyConflictError
 from topk_grpc.migration.calls import Fetched, ShardCalls
-from topk_grpc.migration.plan import moves_left
+from topk_grpc.migration.plan import eligible, moves_left, planned
 from topk_grpc.migration.records import Event, advance, begin
 from topk_grpc.model import Migration, MigrationState, ShardInfo, Topology
 from topk_grpc.rpc import log
@@ -128,7 +128,11 @@ class Mover:
         settled = await asyncio.gather(*(self._settle(topology, one.migration_id) for one in topology.migrations))
         if any(settled):
             return True
-        chosen = None if topology.paused or not self._auto else self._choose(topology)
+        if topology.paused or not self._auto:
+            return False
+        if await self._plan(topology):
+            return True
+        chosen = self._choose(topology)
         if chosen is None:
             return False
         started = time.monotonic()
@@ -141,15 +145,31 @@ class Mover:
         await asyncio.sleep((time.monotonic() - started) * (1 / self._pace.share - 1))
         return True
 
+    async def _plan(self, topology: Topology) -> bool:
+        """Sets a plan for the shards that may own slots, where they have changed. Returns whether it was needed."""
+        owning = set(topology.owners) | set(topology.wanted)
+        if any(not topology.shards[owner].address and not topology.shards[owner].draining for owner in owning):
+            return False  # a cluster that is starting: who has not come yet is not gone
+        if not eligible(topology):
+            return False  # all of them drain: there is nowhere to move to
+        changed = planned(topology)
+        if changed is topology:
+            return False
+        with suppress(TopologyConflictError):  # read it and decide again
+            await self._store.compare_and_set(changed)
+            slots = sum(len(move.slots) for move in moves_left(changed))
+            log.event("moves_planned", epoch=changed.epoch, shards=len(eligible(changed)), slots=slots)
+        return True
+
     def _choose(self, topology: Topology) -> tuple[str, str, tuple[int, ...]] | None:
         """The next move: source, target, slots. None: nothing is left, or all that is has to wait."""
         now = time.monotonic()
         moving = {slot for one in topology.migrations for slot in one.slots}
-        for planned in moves_left(topology):
-            slots = [slot for slot in planned.slots if slot not in moving]
-            not_before, _ = self._not_before.get((planned.source, planned.target), (0.0, 0.0))
+        for left in moves_left(topology):
+            slots = [slot for slot in left.slots if slot not in moving]
+            not_before, _ = self._not_before.get((left.source, left.target), (0.0, 0.0))
             if slots and now >= not_before:
-                return planned.source, planned.target, tuple(sorted(slots[: self._together]))
+                return left.source, left.target, tuple(sorted(slots[: self._together]))
         return None
 
     # --- One migration ------------------------------------------------------------------------------------------------
