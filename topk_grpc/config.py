@@ -116,7 +116,13 @@ def check_exposure(listen: str, *, tls: bool, plaintext: bool, flag: str = "--li
 class ServerSettings(_Checked):
     """What every server has."""
 
-    topology: str = setting(..., "", "Where the cluster's topology is kept: file:PATH on one machine. All roles of a cluster name the same.")
+    topology: str = setting(..., "", "Where the cluster's topology is kept: file:PATH on one machine, etcd://HOST:PORT[,HOST:PORT…]/PREFIX for several. All roles of a cluster name the same.")
+    topology_wait_seconds: float = setting(600.0, "s", "How long a start waits for a topology store that does not answer, not ready meanwhile; then it fails. A server that runs goes on without the store for as long as it is away.", 0, 86_400 * 7)
+    etcd_ca: str = setting("", "path", "A PEM file with the CA of etcd's certificates. With it, or with --etcd-cert, etcd is spoken to in TLS. Read anew when it changes, as the next two are.")
+    etcd_cert: str = setting("", "path", "A PEM file with the certificate that is shown to etcd, where it asks for one.")
+    etcd_key: str = setting("", "path", "A PEM file with the private key of --etcd-cert, without a passphrase.")
+    etcd_user: str = setting("", "", "The user to log in to etcd with; needs --etcd-password-file. Empty: none.")
+    etcd_password_file: str = setting("", "path", "A file whose first line is the password of --etcd-user. Read anew at each login; readable by nobody else.")
     listen: str = setting("127.0.0.1:0", "HOST:PORT", "Where to serve gRPC; port 0 takes a free one. A port in use is an error at once.")
     health_port: int = setting(0, "port", "Also answer grpc.health.v1 alone, in plaintext, on this port of the listen address; 0: only on the main port.", 0, 65535)
     message_bytes_max: int = setting(8 << 20, "bytes", "The largest gRPC message taken; a larger one is refused with RESOURCE_EXHAUSTED. Must fit batch_plays_max plays.", 1 << 16, 1 << 30)
@@ -141,6 +147,10 @@ class ServerSettings(_Checked):
         super().__post_init__()
         if bool(self.tls_cert) != bool(self.tls_key):
             raise SettingError("--tls-cert and --tls-key belong together: give both, or neither")
+        if bool(self.etcd_cert) != bool(self.etcd_key):
+            raise SettingError("--etcd-cert and --etcd-key belong together: give both, or neither")
+        if bool(self.etcd_user) != bool(self.etcd_password_file):
+            raise SettingError("--etcd-user and --etcd-password-file belong together: give both, or neither")
         check_exposure(self.listen, tls=bool(self.tls_cert), plaintext=self.plaintext)
 
 

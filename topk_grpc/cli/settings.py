@@ -17,6 +17,7 @@ from topk_grpc.errors import SettingError
 
 OWNED_BY_UP: Final = frozenset(
     {"topology", "listen", "health_port", "metrics_port", "exit_with_stdin", "shard_id", "data_dir", "advertise"}
+    | {"topology_wait_seconds", "etcd_ca", "etcd_cert", "etcd_key", "etcd_user", "etcd_password_file"}
 )
 """Settings that `topk up` decides for its children."""
 
