@@ -133,7 +133,7 @@ class Server:
 
 
 def _children(parent: int) -> dict[str, int]:
-    """The processes that a supervisor has started, by `shard-N` or `gateway`."""
+    """The processes that a supervisor has started, by `shard-N`, `gateway` or `controller`."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -143,7 +143,7 @@ def _children(parent: int) -> dict[str, int]:
             words = (entry / "cmdline").read_bytes().decode().split("\0")
             if int(fields[1]) != parent or fields[0] == "Z" or "topk_grpc" not in words:
                 continue
-            name = words[words.index("--shard-id") + 1] if "--shard-id" in words else "gateway"
+            name = words[words.index("--shard-id" if "--shard-id" in words else "topk_grpc") + 1]
             found[name] = int(entry.name)
     return found
 
@@ -186,7 +186,7 @@ class Cluster:
         return self
 
     def pid(self, name: str) -> int:
-        """Of `shard-N`, `gateway` or `supervisor`; waits for one that is being started again."""
+        """Of `shard-N`, `gateway`, `controller` or `supervisor`; waits for one that is being started again."""
         assert self.server is not None
         supervisor = self.server.pid
         if name == "supervisor":

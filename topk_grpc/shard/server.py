@@ -10,6 +10,8 @@ import grpc
 
 from topk_grpc.config import ShardSettings
 from topk_grpc.errors import TopKError, TopologyError
+from topk_grpc.migration.arrival import first_topology
+from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
 from topk_grpc.rpc import log, startup
 from topk_grpc.rpc.access import AccessInterceptor, ClusterGate
@@ -60,55 +62,84 @@ async def serve(settings: ShardSettings, files: Files | None = None) -> None:
 
 
 async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStore, files: Files | None) -> None:
-    topology = await store.read()
-    info = find_shard(topology, settings.shard_id)
-    identity = Identity(topology.cluster_id, settings.shard_id)
-    core = ShardCore(settings, topology.settings, files)
-    check_directory(info, core.directory_id, settings.data_dir)
-    if not topology.secret:
+    health = Health()
+    servers = []
+    if settings.health_port:  # first of all: to wait for a topology, or to recover, is to live
+        health_server, _ = await start_health_server(health, settings.listen, settings.health_port)
+        servers.append(health_server)
+    try:
+        topology = await _find_topology(settings, stop, store)
+        if topology is not None:
+            await _serve_cluster(settings, stop, store, files, topology, health, servers)
+    finally:
+        await asyncio.gather(*(each.stop(None) for each in servers))
+
+
+async def _find_topology(settings: ShardSettings, stop: StopRequest, store: TopologyStore) -> Topology | None:
+    """The topology, which has a place for this shard, or will have; None: it was asked to stop before there was one."""
+    if settings.join:
+        topology = await first_topology(store, settings.topology, stop.event)
+    else:
+        topology = await store.read()
+        find_shard(topology, settings.shard_id)
+    if topology is not None and not topology.secret:
         raise TopologyError(
             f"the topology at {settings.topology} was made by an older release and has no secret for the cluster's"
             " parts to know each other by: start `topk up` on its data directory once, which gives it one"
         )
+    return topology
+
+
+async def _serve_cluster(  # noqa: PLR0917
+    settings: ShardSettings,
+    stop: StopRequest,
+    store: TopologyStore,
+    files: Files | None,
+    topology: Topology,
+    health: Health,
+    servers: list[grpc.aio.Server],
+) -> None:
+    identity = Identity(topology.cluster_id, settings.shard_id)
+    core = ShardCore(settings, topology.settings, files)
+    check_directory(topology.shard(settings.shard_id), core.directory_id, settings.data_dir)
     server = create_server(
         settings.message_bytes_max * 4,  # parts of several clients' messages travel together
         access=AccessInterceptor(ClusterGate(topology.secret)),
         patience=Patience(settings.handshake_seconds, settings.connection_idle_seconds),
     )
-    health = Health()
     await health.register(server)
-    servers = [server]
     address = await bind(server, settings.listen, credentials=startup.credentials_of(settings, settings.tls_ca))
-    if settings.health_port:
-        health_server, _ = await start_health_server(health, settings.listen, settings.health_port)
-        servers.append(health_server)
     service = ShardService(identity, stop.event)
     pb_grpc.add_ShardServiceServicer_to_server(service, server)
     add_raw_handlers(server, SERVICE, stream_stream={"Append": service.append})
     add_reflection(server, [SERVICE])
     await server.start()
+    servers.append(server)
+    await _recover(core, settings, stop)
+    core.own(identity, topology.slots_of(settings.shard_id))
+    check_slots(await store.read(), settings.shard_id, core.state.ownership, settings.data_dir)
+    core.configure(now_ms())
+    owner = ShardOwner(core, settings)
+    channels = ShardChannels(settings, topology.cluster_id, topology.secret)
+    moves = ShardMoves(owner, store, channels, settings)
+    service.open(owner, moves)
+    await register(
+        store,
+        settings.shard_id,
+        settings.advertise or address,
+        core.directory_id,
+        settings.data_dir,
+        join=settings.join,
+    )
+    await health.set(ready=True)
+    log.event(
+        "ready", address=address, cluster=topology.cluster_id, songs=len(core.state.songs), position=core.position
+    )
+    startup.tell_supervisor(settings, address)
     try:
-        await _recover(core, settings, stop)
-        core.own(identity, topology.slots_of(settings.shard_id))
-        check_slots(await store.read(), settings.shard_id, core.state.ownership, settings.data_dir)
-        core.configure(now_ms())
-        owner = ShardOwner(core, settings)
-        channels = ShardChannels(settings, topology.cluster_id, topology.secret)
-        moves = ShardMoves(owner, store, channels, settings)
-        service.open(owner, moves)
-        await register(store, settings.shard_id, settings.advertise or address, core.directory_id, settings.data_dir)
-        await health.set(ready=True)
-        log.event(
-            "ready", address=address, cluster=topology.cluster_id, songs=len(core.state.songs), position=core.position
-        )
-        startup.tell_supervisor(settings, address)
-        try:
-            await _serve_until_stopped(settings, stop, owner, health, servers)
-        finally:
-            await moves.close()
-    except BaseException:
-        await asyncio.gather(*(each.stop(None) for each in servers))
-        raise
+        await _serve_until_stopped(settings, stop, owner, health, servers)
+    finally:
+        await moves.close()
 
 
 async def _recover(core: ShardCore, settings: ShardSettings, stop: StopRequest) -> None:

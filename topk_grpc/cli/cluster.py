@@ -1,0 +1,253 @@
+"""`topk cluster add`, `drain`, `remove`, `rebalance`, `pause` and `resume`: change the cluster, and see it through.
+
+The change itself is one call. What follows is the controller's work, which these commands only watch: they may be
+interrupted, and the moves go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from topk_grpc.cli.admin import call, call_async
+from topk_grpc.cli.progress import Bar, Progress
+from topk_grpc.cli.queries import print_json
+from topk_grpc.cli.reach import Reach, unreachable
+from topk_grpc.cli.status import as_json_value, enum_word, status_of
+from topk_grpc.errors import TopKError, UnavailableError
+from topk_grpc.pb.topk.v1 import admin_service_pb2 as pb
+from topk_grpc.pb.topk.v1.topk_service_pb2 import DescribeClusterResponse, ShardDescription
+
+_POLL_SECONDS: Final = 0.2
+_PATIENCE_SECONDS: Final = 60.0
+"""For how long the gateway may not answer while a command watches."""
+
+
+@dataclass(slots=True)
+class Moved:
+    """What a command has seen.
+
+    Attributes:
+        cluster: at the end.
+        slots: how many had to move.
+        seconds: how long it took.
+    """
+
+    cluster: DescribeClusterResponse
+    slots: int
+    seconds: float
+
+    def text(self) -> str:
+        """For people."""
+        stall = self.cluster.longest_stall_ms
+        waited = f", longest wait of a slot's plays {stall:,} ms" if self.slots and stall else ""
+        return f"{self.slots:,} slots moved in {self.seconds:.1f} s{waited}"
+
+    def value(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "epoch": self.cluster.epoch,
+            "slots_moved": self.slots,
+            "seconds": round(self.seconds, 3),
+            "longest_stall_ms": self.cluster.longest_stall_ms,
+        }
+
+
+def run_add(names: Sequence[str], count: int, gateway: Reach, *, wait: bool, as_json: bool) -> None:
+    """Adds shards; waits until they have started and have their slots.
+
+    Raises:
+        TopKError: the cluster does not answer, or refuses.
+    """
+    added = call(gateway, "AddShards", pb.AddShardsRequest(shard_ids=names, count=count))
+    shards, planned_epoch = list(added.shard_ids), 0
+    listed = ", ".join(shards)
+
+    async def joined(cluster: DescribeClusterResponse) -> bool:
+        nonlocal planned_epoch
+        if any(enum_word(shard, "state") == "new" for shard in _named(cluster, shards)):
+            return False
+        if not planned_epoch:  # a controller may plan nothing by itself, and may just have done so
+            planned_epoch = (await call_async(gateway, "Rebalance", pb.RebalanceRequest())).epoch
+        return cluster.epoch >= planned_epoch and _is_quiet(cluster)
+
+    if not wait:
+        _say(as_json, {"shards": shards, "epoch": added.epoch}, f"{listed} added: slots follow once started")
+        return
+    moved = asyncio.run(_watch(gateway, f"{listed} joins", joined, shards))
+    _say(as_json, {"shards": shards} | moved.value(), f"{listed} joined: {moved.text()}")
+
+
+def run_drain(names: Sequence[str], gateway: Reach, *, wait: bool, as_json: bool) -> None:
+    """Drains shards; waits until they own nothing.
+
+    Raises:
+        TopKError: the cluster does not answer, or refuses.
+    """
+    begun = call(gateway, "DrainShards", pb.DrainShardsRequest(shard_ids=names))
+    listed = ", ".join(names)
+
+    async def drained(cluster: DescribeClusterResponse) -> bool:
+        states = {enum_word(shard, "state") for shard in _named(cluster, names)}
+        if cluster.epoch >= begun.epoch and "active" in states:
+            raise TopKError(f"{listed} drains no more: somebody has added it again meanwhile")
+        return states <= {"drained"}
+
+    if not wait:
+        _say(as_json, {"shards": list(names), "epoch": begun.epoch}, f"{listed} drains: {begun.slots:,} slots to move")
+        return
+    moved = asyncio.run(_watch(gateway, f"{listed} drains", drained, ()))
+    hint = f"Take it out with: topk cluster remove {names[0]}"
+    _say(as_json, {"shards": list(names)} | moved.value(), f"{listed} drained: {moved.text()}. {hint}")
+
+
+def run_remove(name: str, gateway: Reach, *, as_json: bool) -> None:
+    """Removes a shard.
+
+    Raises:
+        TopKError: the cluster does not answer, or refuses.
+    """
+    removed = call(gateway, "RemoveShard", pb.RemoveShardRequest(shard_id=name))
+    _say(
+        as_json,
+        {"shard": name, "epoch": removed.epoch},
+        f"{name} removed. Its process is needed no more; `topk up` stops it",
+    )
+
+
+def run_rebalance(gateway: Reach, *, dry_run: bool, wait: bool, as_json: bool) -> None:
+    """Plans anew, and waits until everything is where the plan wants it; or says what that would move.
+
+    Raises:
+        TopKError: the cluster does not answer, or refuses.
+    """
+    plan = call(gateway, "Rebalance", pb.RebalanceRequest(dry_run=dry_run))
+    slots = sum(move.slots for move in plan.moves)
+    if dry_run or not wait:
+        _say(as_json, as_json_value(plan) | {"slots": slots}, _plan_text(plan, slots, dry_run))
+        return
+
+    async def quiet(cluster: DescribeClusterResponse) -> bool:
+        return cluster.epoch >= plan.epoch and _is_quiet(cluster)
+
+    moved = asyncio.run(_watch(gateway, "rebalancing", quiet, ()))
+    _say(as_json, moved.value() | {"slots_min": plan.slots_min}, moved.text())
+
+
+def run_pause(gateway: Reach, *, pause: bool, as_json: bool) -> None:
+    """Lets no further move begin, or lets them begin again.
+
+    Raises:
+        TopKError: the cluster does not answer, or refuses.
+    """
+    if pause:
+        answer = call(gateway, "PauseMoves", pb.PauseMovesRequest())
+        text = "no further move begins until `topk cluster resume`"
+    else:
+        answer = call(gateway, "ResumeMoves", pb.ResumeMovesRequest())
+        text = "moves go on"
+    _say(as_json, {"paused": pause, "epoch": answer.epoch}, text)
+
+
+def _say(as_json: bool, value: dict[str, Any], text: str | Table) -> None:
+    if as_json:
+        print_json(value)
+    else:
+        Console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _plan_text(plan: pb.RebalanceResponse, slots: int, dry_run: bool) -> Table | str:
+    if not slots:
+        return "every shard has what it is to have: nothing moves"
+    table = Table(title_justify="left", caption_justify="left")
+    for name in ("from", "to"):
+        table.add_column(name)
+    for name in ("slots", "plays, about", "memory, about"):
+        table.add_column(name, justify="right")
+    for move in plan.moves:
+        size = f"{move.bytes_estimated / (1 << 20):,.1f} MiB"
+        table.add_row(move.source, move.target, f"{move.slots:,}", f"{move.plays_estimated:,}", size)
+    verb = "would move" if dry_run else "are to move"
+    plays = sum(one.plays_estimated for one in plan.moves)
+    table.caption = f"{slots:,} slots {verb} ({plan.slots_min:,} at the least) with about {plays:,} plays"
+    return table
+
+
+# --- Watching ---------------------------------------------------------------------------------------------------------
+
+
+def _is_quiet(cluster: DescribeClusterResponse) -> bool:
+    return not cluster.slots_left and not cluster.migrations
+
+
+def _named(cluster: DescribeClusterResponse, names: Sequence[str]) -> list[ShardDescription]:
+    """The shards of these names; one that somebody has removed meanwhile is left out."""
+    return [shard for shard in cluster.shards if shard.shard_id in names]
+
+
+async def _watch(
+    gateway: Reach, title: str, done: Callable[[DescribeClusterResponse], Awaitable[bool]], starting: Sequence[str]
+) -> Moved:
+    """Looks at the cluster until it is as it is to be, and shows how far that is.
+
+    Raises:
+        TopKError: as `done`, or the gateway has not answered for too long.
+    """
+    began = heard = time.monotonic()
+    total = 0
+    async with gateway.client(deadline_seconds=_PATIENCE_SECONDS / 2) as client:
+        with Progress() as progress:
+            showing = _Showing(progress, title)
+            while True:
+                try:
+                    cluster = await client.describe()
+                    total = max(total, cluster.slots_left)
+                    if await done(cluster):
+                        return Moved(cluster, total, time.monotonic() - began)
+                    heard = time.monotonic()
+                    showing.show(total, cluster, _waits_for(cluster, starting))
+                except UnavailableError as error:
+                    if time.monotonic() - heard > _PATIENCE_SECONDS:
+                        raise unreachable(gateway, error) from error
+                await asyncio.sleep(_POLL_SECONDS)
+
+
+class _Showing:
+    """A bar of the slots; where there is no terminal, a line whenever there is something else to wait for."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress = progress
+        self._title = title
+        self._bar: Bar | None = None
+        self._total = 0
+        self._state = ""
+
+    def show(self, total: int, cluster: DescribeClusterResponse, state: str) -> None:
+        if self._bar is None or total != self._total:
+            if self._bar is not None:
+                self._bar.close()
+            self._bar, self._total = self._progress.bar(self._title, total or None), total
+        moved = total - cluster.slots_left
+        self._bar.update(moved, moved, state=state)
+        if state != self._state and not self._progress.shown:
+            self._progress.note(f"{self._title}: {state or 'goes on'}")
+        self._state = state
+
+
+def _waits_for(cluster: DescribeClusterResponse, starting: Sequence[str]) -> str:
+    """What holds moves up; empty: nothing that can be seen."""
+    new = [shard.shard_id for shard in _named(cluster, starting) if enum_word(shard, "state") == "new"]
+    if new:
+        return f"waits for {', '.join(new)} to start"
+    if cluster.paused:
+        return "paused: topk cluster resume"
+    if not cluster.controller:
+        return "waits for a controller: topk controller"
+    down = [shard.shard_id for shard in cluster.shards if status_of(shard) == "down"]
+    return f"waits for {', '.join(down)}, which does not answer" if down else ""
