@@ -491,8 +491,8 @@ class Topology:
         next_migration_id: of the next one.
         paused: no new migration begins.
         wanted: the plan that migrations carry out, in the form of `owners`; empty: things are to stay as they are.
-        moved_slots: how many slots have moved since that plan was made.
-        longest_stall_ms: the longest that plays of a slot had to wait meanwhile, as coordinators saw it.
+        moved_slots: how many slots have moved since the cluster was made; one that has moved twice counts twice.
+        longest_stall_ms: the longest that plays of a slot had to wait since that plan was made, as coordinators saw it.
     """
 
     cluster_id: str

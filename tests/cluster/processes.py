@@ -164,7 +164,8 @@ class Cluster:
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.topology = f"file:{self.data_dir / 'topology.json'}"
-        self._arguments = ["up", "--shards", str(shards), "--data-dir", str(self.data_dir), "--port", str(self.port)]
+        self._arguments = ["up", "--data-dir", str(self.data_dir), "--port", str(self.port)]
+        self._shards = shards
         self._settings = settings
         self._known: set[int] = set()
         self._gateways: list[Server] = []
@@ -173,8 +174,9 @@ class Cluster:
         self.stub = TopKServiceStub(self.channel)
 
     def start(self) -> Cluster:
-        """Returns when every shard answers."""
-        server = self.server = Server(self._arguments, self.root / "up", self._settings)
+        """Returns when every shard answers. Later starts have as many shards as there are by then."""
+        new = [] if self.data_dir.exists() else ["--shards", str(self._shards)]
+        server = self.server = Server([*self._arguments, *new], self.root / "up", self._settings)
         before = server.out.stat().st_size
 
         def ready() -> bool:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from topk_grpc.cli.admin import call, call_async
 from topk_grpc.cli.progress import Bar, Progress
-from topk_grpc.cli.queries import print_json
+from topk_grpc.cli.queries import ask, print_json
 from topk_grpc.cli.reach import Reach, unreachable
 from topk_grpc.cli.status import as_json_value, enum_word, status_of
 from topk_grpc.errors import TopKError, UnavailableError
@@ -34,28 +34,29 @@ class Moved:
     """What a command has seen.
 
     Attributes:
-        cluster: at the end.
-        slots: how many had to move.
+        epoch: of the topology at the end.
+        slots: how many have moved.
         seconds: how long it took.
+        longest_stall_ms: the longest that plays of one of them had to wait.
     """
 
-    cluster: DescribeClusterResponse
+    epoch: int
     slots: int
     seconds: float
+    longest_stall_ms: int
 
     def text(self) -> str:
         """For people."""
-        stall = self.cluster.longest_stall_ms
-        waited = f", longest wait of a slot's plays {stall:,} ms" if self.slots and stall else ""
-        return f"{self.slots:,} slots moved in {self.seconds:.1f} s{waited}"
+        stall = f", longest wait of a slot's plays {self.longest_stall_ms:,} ms" if self.slots else ""
+        return f"{self.slots:,} slots moved in {self.seconds:.1f} s{stall}"
 
     def value(self) -> dict[str, Any]:
         """For programs."""
         return {
-            "epoch": self.cluster.epoch,
+            "epoch": self.epoch,
             "slots_moved": self.slots,
             "seconds": round(self.seconds, 3),
-            "longest_stall_ms": self.cluster.longest_stall_ms,
+            "longest_stall_ms": self.longest_stall_ms,
         }
 
 
@@ -65,6 +66,7 @@ def run_add(names: Sequence[str], count: int, gateway: Reach, *, wait: bool, as_
     Raises:
         TopKError: the cluster does not answer, or refuses.
     """
+    before = _moved_before(gateway)
     added = call(gateway, "AddShards", pb.AddShardsRequest(shard_ids=names, count=count))
     shards, planned_epoch = list(added.shard_ids), 0
     listed = ", ".join(shards)
@@ -80,7 +82,7 @@ def run_add(names: Sequence[str], count: int, gateway: Reach, *, wait: bool, as_
     if not wait:
         _say(as_json, {"shards": shards, "epoch": added.epoch}, f"{listed} added: slots follow once started")
         return
-    moved = asyncio.run(_watch(gateway, f"{listed} joins", joined, shards))
+    moved = asyncio.run(_watch(gateway, f"{listed} joins", joined, before, shards))
     _say(as_json, {"shards": shards} | moved.value(), f"{listed} joined: {moved.text()}")
 
 
@@ -90,6 +92,7 @@ def run_drain(names: Sequence[str], gateway: Reach, *, wait: bool, as_json: bool
     Raises:
         TopKError: the cluster does not answer, or refuses.
     """
+    before = _moved_before(gateway)
     begun = call(gateway, "DrainShards", pb.DrainShardsRequest(shard_ids=names))
     listed = ", ".join(names)
 
@@ -102,7 +105,7 @@ def run_drain(names: Sequence[str], gateway: Reach, *, wait: bool, as_json: bool
     if not wait:
         _say(as_json, {"shards": list(names), "epoch": begun.epoch}, f"{listed} drains: {begun.slots:,} slots to move")
         return
-    moved = asyncio.run(_watch(gateway, f"{listed} drains", drained, ()))
+    moved = asyncio.run(_watch(gateway, f"{listed} drains", drained, before))
     hint = f"Take it out with: topk cluster remove {names[0]}"
     _say(as_json, {"shards": list(names)} | moved.value(), f"{listed} drained: {moved.text()}. {hint}")
 
@@ -127,6 +130,7 @@ def run_rebalance(gateway: Reach, *, dry_run: bool, wait: bool, as_json: bool) -
     Raises:
         TopKError: the cluster does not answer, or refuses.
     """
+    before = _moved_before(gateway)
     plan = call(gateway, "Rebalance", pb.RebalanceRequest(dry_run=dry_run))
     slots = sum(move.slots for move in plan.moves)
     if dry_run or not wait:
@@ -136,7 +140,7 @@ def run_rebalance(gateway: Reach, *, dry_run: bool, wait: bool, as_json: bool) -
     async def quiet(cluster: DescribeClusterResponse) -> bool:
         return cluster.epoch >= plan.epoch and _is_quiet(cluster)
 
-    moved = asyncio.run(_watch(gateway, "rebalancing", quiet, ()))
+    moved = asyncio.run(_watch(gateway, "rebalancing", quiet, before))
     _say(as_json, moved.value() | {"slots_min": plan.slots_min}, moved.text())
 
 
@@ -191,27 +195,45 @@ def _named(cluster: DescribeClusterResponse, names: Sequence[str]) -> list[Shard
     return [shard for shard in cluster.shards if shard.shard_id in names]
 
 
+def _moved_before(gateway: Reach) -> int:
+    """How many slots had moved before a command changes anything."""
+    return ask(gateway, lambda client: client.describe()).slots_moved
+
+
 async def _watch(
-    gateway: Reach, title: str, done: Callable[[DescribeClusterResponse], Awaitable[bool]], starting: Sequence[str]
+    gateway: Reach,
+    title: str,
+    done: Callable[[DescribeClusterResponse], Awaitable[bool]],
+    before: int,
+    starting: Sequence[str] = (),
 ) -> Moved:
     """Looks at the cluster until it is as it is to be, and shows how far that is.
+
+    Args:
+        gateway: whom to ask.
+        title: of the bar.
+        done: whether the cluster is as it is to be.
+        before: how many slots had moved before.
+        starting: shards that have to start first.
 
     Raises:
         TopKError: as `done`, or the gateway has not answered for too long.
     """
     began = heard = time.monotonic()
-    total = 0
+    stall_ms = 0
     async with gateway.client(deadline_seconds=_PATIENCE_SECONDS / 2) as client:
         with Progress() as progress:
             showing = _Showing(progress, title)
             while True:
                 try:
                     cluster = await client.describe()
-                    total = max(total, cluster.slots_left)
+                    moved = cluster.slots_moved - before
+                    if moved:  # else it is of moves before these
+                        stall_ms = max(stall_ms, cluster.longest_stall_ms)
                     if await done(cluster):
-                        return Moved(cluster, total, time.monotonic() - began)
+                        return Moved(cluster.epoch, moved, time.monotonic() - began, stall_ms)
                     heard = time.monotonic()
-                    showing.show(total, cluster, _waits_for(cluster, starting))
+                    showing.show(moved, cluster.slots_left, _waits_for(cluster, starting))
                 except UnavailableError as error:
                     if time.monotonic() - heard > _PATIENCE_SECONDS:
                         raise unreachable(gateway, error) from error
@@ -228,12 +250,13 @@ class _Showing:
         self._total = 0
         self._state = ""
 
-    def show(self, total: int, cluster: DescribeClusterResponse, state: str) -> None:
-        if self._bar is None or total != self._total:
+    def show(self, moved: int, left: int, state: str) -> None:
+        """Shows how many slots have moved, how many have not, and what they wait for."""
+        total = moved + left
+        if self._bar is None or total != self._total:  # another plan
             if self._bar is not None:
                 self._bar.close()
             self._bar, self._total = self._progress.bar(self._title, total or None), total
-        moved = total - cluster.slots_left
         self._bar.update(moved, moved, state=state)
         if state != self._state and not self._progress.shown:
             self._progress.note(f"{self._title}: {state or 'goes on'}")

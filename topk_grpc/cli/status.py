@@ -44,7 +44,7 @@ def moving_lines(cluster: DescribeClusterResponse) -> list[str]:
     lines = [f"the fullest shard has {cluster.skew.slots:.2f} × the mean of slots{plays}"]
     if cluster.slots_left or cluster.migrations:
         paused = ", paused (topk cluster resume)" if cluster.paused else ""
-        lines.append(f"{cluster.slots_left:,} slots have yet to move, {cluster.slots_moved:,} have moved{paused}")
+        lines.append(f"{cluster.slots_left:,} slots have yet to move{paused}")
     elif cluster.paused:
         lines.append("moves are paused (topk cluster resume)")
     if cluster.longest_stall_ms:

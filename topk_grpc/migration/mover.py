@@ -180,23 +180,25 @@ class Mover:
         for left in moves_left(topology):
             slots = [slot for slot in left.slots if slot not in moving]
             pair = left.source, left.target
-            if not slots or self._away.concerns(pair, *pair):
+            if not slots or self._away.concerns(pair):
                 continue
-            here = [await self._is_there(topology, shard_id) for shard_id in pair]
-            if all(here):
+            if await self._is_there(topology, left.source) and await self._is_there(topology, left.target):
                 return left.source, left.target, tuple(sorted(slots[: self._together]))
         return None
 
     async def _is_there(self, topology: Topology, shard_id: str) -> bool:
-        if self._away.concerns(shard_id):
+        shard = _shard(topology, shard_id)
+        where = f"{shard_id} at {shard.address}"  # one that comes back elsewhere is asked at once
+        if self._away.concerns(where):
             return False
         try:
-            await self._shards.probe(_shard(topology, shard_id), _PROBE_SECONDS)
+            await self._shards.probe(shard, _PROBE_SECONDS)
         except TopKError as error:
-            again = self._away.put_off(shard_id)
-            log.warning("moves_wait_for_shard", shard=shard_id, reason=str(error), again_seconds=again)
+            tell = log.debug if self._away.knows(where) else log.warning  # once is enough
+            tell("moves_wait_for_shard", shard=shard_id, reason=str(error))
+            self._away.put_off(where)
             return False
-        self._away.forget(shard_id)
+        self._away.forget(where)
         return True
 
     # --- One migration ------------------------------------------------------------------------------------------------
@@ -297,10 +299,13 @@ class _Away:
     def __init__(self) -> None:
         self._until: dict[str | tuple[str, str], tuple[float, float]] = {}
 
-    def concerns(self, *keys: str | tuple[str, str]) -> bool:
-        """Whether one of them is to be left alone now."""
-        now = time.monotonic()
-        return any(now < self._until.get(key, (0.0, 0.0))[0] for key in keys)
+    def concerns(self, key: str | tuple[str, str]) -> bool:
+        """Whether it is to be left alone now."""
+        return time.monotonic() < self._until.get(key, (0.0, 0.0))[0]
+
+    def knows(self, key: str | tuple[str, str]) -> bool:
+        """Whether it has been left alone before, and was not there again since."""
+        return key in self._until
 
     def put_off(self, key: str | tuple[str, str]) -> float:
         """Leaves it alone for longer each time; returns for how many seconds."""

@@ -73,7 +73,7 @@ def planned(topology: Topology, *, anew: bool = False) -> Topology:
     owners = tuple(place[names[owner]] for owner in wanted)
     if owners == current:
         return topology
-    return replace(topology, epoch=topology.epoch + 1, wanted=owners, moved_slots=0, longest_stall_ms=0)
+    return replace(topology, epoch=topology.epoch + 1, wanted=owners, longest_stall_ms=0)
 
 
 def moves_left(topology: Topology) -> list[Move]:
