@@ -169,7 +169,9 @@ class EtcdClient:
                     if response is grpc.aio.EOF or response.canceled:
                         self._forget_login(token)  # of a login that is over a watch is not told
                         reason = "" if response is grpc.aio.EOF else response.cancel_reason
-                        raise UnavailableError(f"etcd at {member.address} has ended the watch ({reason or 'unsaid why'})")
+                        raise UnavailableError(
+                            f"etcd at {member.address} has ended the watch ({reason or 'unsaid why'})"
+                        )
                     for event in response.events:
                         if event.type == rpc.Event.PUT:
                             yield event.kv.value
@@ -251,9 +253,13 @@ class EtcdClient:
         try:
             lines = path.read_text().splitlines()
         except OSError as error:
-            raise SettingError(f"--etcd-password-file {path} cannot be read ({error.strerror}): check the path") from error
+            raise SettingError(
+                f"--etcd-password-file {path} cannot be read ({error.strerror}): check the path"
+            ) from error
         except UnicodeDecodeError as error:
-            raise SettingError(f"--etcd-password-file {path} is not UTF-8: write the password on its first line") from error
+            raise SettingError(
+                f"--etcd-password-file {path} is not UTF-8: write the password on its first line"
+            ) from error
         if not lines or not lines[0]:
             raise SettingError(f"--etcd-password-file {path} is empty: write the password on its first line")
         return lines[0]
