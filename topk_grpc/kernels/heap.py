@@ -199,8 +199,8 @@ def count_plays(
     """Adds plays to their entries' counts, to their charts' totals, and brings the heaps up to date.
 
     Goes over the changes in blocks, and over each block twice. The first pass only touches the rows: plain loads that
-    do not wait for each other, so that their cache misses overlap. With comparisons between them they mostly do not, and
-    a change took half as long again.
+    do not wait for each other, so that their cache misses overlap. With comparisons between them they mostly do not,
+    and a change took half as long again.
 
     Args:
         rows: int64[entries, columns]; a new row is all zero.
