@@ -1,7 +1,7 @@
 """A client of etcd's members: calls with deadlines, the next member when one does not answer, login, TLS.
 
-The messages and stubs are those of the package aetcd. Its own client is not used: it speaks to one member, in plaintext,
-logs in once (etcd forgets logins when it restarts), and does not say which revision an answer is of.
+The messages and stubs are those of the package aetcd. Its own client is not used: it speaks to one member, in
+plaintext, and logs in once, while etcd forgets logins when it restarts.
 
 A call goes to the member that answered last, and to each of the others once if it does not. Linearizable reads are
 answered by members that see a majority alone, so whichever answers is as good as any. A change is not sent to the next
@@ -168,8 +168,7 @@ class EtcdClient:
                     response = await self._read_until_closed(call)
                     if response is grpc.aio.EOF or response.canceled:
                         self._forget_login(token)  # of a login that is over a watch is not told
-                        reason = "" if response is grpc.aio.EOF else response.cancel_reason
-                        raise UnavailableError(f"etcd at {member.address} has ended the watch ({reason or 'unsaid why'})")
+                        raise UnavailableError(f"etcd at {member.address} has ended the watch ({_why(response)})")
                     for event in response.events:
                         if event.type == rpc.Event.PUT:
                             yield event.kv.value
@@ -226,8 +225,8 @@ class EtcdClient:
         if error.code() not in _REFUSALS:
             return UnavailableError(f"etcd at {member.address} does not answer ({details})")
         return SettingError(
-            f"etcd at {member.address} refuses this process ({details}): check --etcd-user, --etcd-password-file and what"
-            " the user may do there"
+            f"etcd at {member.address} refuses this process ({details}): check --etcd-user, --etcd-password-file and"
+            " what the user may do there"
         )
 
     def _note_away(self, failure: UnavailableError) -> None:
@@ -251,9 +250,13 @@ class EtcdClient:
         try:
             lines = path.read_text().splitlines()
         except OSError as error:
-            raise SettingError(f"--etcd-password-file {path} cannot be read ({error.strerror}): check the path") from error
+            raise SettingError(
+                f"--etcd-password-file {path} cannot be read ({error.strerror}): check the path"
+            ) from error
         except UnicodeDecodeError as error:
-            raise SettingError(f"--etcd-password-file {path} is not UTF-8: write the password on its first line") from error
+            raise SettingError(
+                f"--etcd-password-file {path} is not UTF-8: write the password on its first line"
+            ) from error
         if not lines or not lines[0]:
             raise SettingError(f"--etcd-password-file {path} is empty: write the password on its first line")
         return lines[0]
@@ -274,6 +277,15 @@ class EtcdClient:
             self._token = None
 
 
+def _why(response: Any) -> str:
+    """Why a watch has ended."""
+    if response is grpc.aio.EOF:
+        return "it stops"
+    if response.compact_revision:
+        return f"what was before revision {response.compact_revision} is compacted"
+    return response.cancel_reason or "it does not say why"
+
+
 def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     return () if token is None else (("token", token),)
 
@@ -288,12 +300,14 @@ def addresses_of(text: str, url: str) -> list[str]:
     Raises:
         TopologyError: it names none.
     """
+    if "@" in text:  # and a password with it, maybe, which is not repeated
+        raise TopologyError("--topology names a user in its URL: write it with --etcd-user and --etcd-password-file")
     addresses = text.split(",")
     for address in addresses:
         host, _, port = address.rpartition(":")
-        if not host or "@" in host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
             raise TopologyError(
                 f"--topology is {url!r}, where {address!r} is no address of etcd: write"
-                " etcd://HOST:PORT[,HOST:PORT…]/PREFIX, and the user with --etcd-user"
+                " etcd://HOST:PORT[,HOST:PORT…]/PREFIX"
             )
     return addresses

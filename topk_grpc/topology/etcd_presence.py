@@ -1,9 +1,9 @@
 """Who leads and who lives, by leases of etcd.
 
-A key under a lease is gone when the lease has not been refreshed for its time. etcd counts that from when it has received
-a refresh, its holder from when it has sent it, and stops a margin earlier: so a leader that is cut off knows that it may
-have been replaced before it can be. Whose clock runs wrong by more than the margin in that time, or who is stopped as a
-whole (SIGSTOP), may believe on; a change of the topology that it then makes is refused for its epoch.
+A key under a lease is gone when the lease has not been refreshed for its time. etcd counts that from when it has
+received a refresh, its holder from when it has sent it, and stops a margin earlier: so a leader that is cut off knows
+that it may have been replaced before it can be. Whose clock runs wrong by more than the margin in that time, or who is
+stopped as a whole (SIGSTOP), may believe on; a change of the topology that it then makes is refused for its epoch.
 
 An announcement is made anew when its lease was lost. A leader is not made anew: who lost it has to begin again.
 """
@@ -19,7 +19,8 @@ from typing import Final
 
 from aetcd import rpc
 
-from topk_grpc.errors import TopKError, UnavailableError
+from topk_grpc.errors import SettingError, TopKError, UnavailableError
+from topk_grpc.rpc import log
 from topk_grpc.topology.etcd_client import EtcdClient
 from topk_grpc.topology.store import Leadership
 
@@ -129,7 +130,7 @@ class EtcdPresence:
 
     async def _keep_saying(self, key: bytes, text: bytes, said: asyncio.Event) -> None:
         while True:
-            with suppress(UnavailableError):
+            try:
                 lease = await self._grant()
                 try:
                     await self._client.call("KV", "Put", rpc.PutRequest(key=key, value=text, lease=lease.lease_id))
@@ -137,6 +138,12 @@ class EtcdPresence:
                     await self._hold(lease, key)
                 finally:
                     await self._revoke(lease)
+            except UnavailableError:
+                pass  # which the client has told
+            except SettingError as error:  # what the user may do has changed, and may again
+                if not said.is_set():
+                    raise
+                log.warning("announcement_refused", key=key.decode(), reason=str(error))
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _grant(self) -> _Lease:
