@@ -442,6 +442,32 @@ async def test_with_certificate_and_password_everything_works_also_after_a_resta
     await store.close()
 
 
+async def test_a_certificate_that_is_replaced_is_shown_from_then_on(
+    guarded: EtcdServer, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd_client, "CALL_SECONDS", 1.0)
+    store = open_store(guarded.url(PREFIX), access_of(authority, tmp_path))
+    await store.compare_and_set(at(1))
+    assert isinstance(store, etcd.EtcdTopologyStore)
+    async with aclosing(store.watch()) as later, store.lead("office") as leadership:
+        assert (await asyncio.wait_for(anext(later), 10)).epoch == 1
+        for epoch in (2, 3):
+            following = asyncio.ensure_future(anext(later))
+            before = store._client._members[0].channel
+            authority.issue("client")  # into the same files
+            await until(lambda: _answers(store))
+            assert store._client._members[0].channel is not before
+            await until(lambda: _is_empty(store._client._closing))  # the old connection is gone, and its watch with it
+            await store.compare_and_set(at(epoch))
+            assert (await asyncio.wait_for(following, 20)).epoch == epoch
+        assert not leadership.lost.is_set()
+    await store.close()
+
+
+async def _is_empty(tasks: set[asyncio.Task[None]]) -> bool:
+    return not tasks
+
+
 async def test_who_is_refused_is_told_what_to_check(guarded: EtcdServer, authority: Authority, tmp_path: Path) -> None:
     (tmp_path / "wrong").write_text("another password\n")
     refused = [

@@ -135,9 +135,9 @@ class EtcdTopologyStore:
         epoch = -1
         pauses = _pauses()
         while not self._client.closed.is_set():
+            began = time.monotonic()
             try:
                 found = await self._find()
-                pauses = _pauses()
                 if found.topology is not None and found.topology.epoch > epoch:
                     epoch = found.topology.epoch
                     yield found.topology
@@ -148,6 +148,8 @@ class EtcdTopologyStore:
                             epoch = topology.epoch
                             yield topology
             except UnavailableError:
+                if time.monotonic() - began > _PAUSE_SECONDS[1]:
+                    pauses = _pauses()
                 await self._client.pause(next(pauses))
 
     def lead(self, name: str) -> AbstractAsyncContextManager[Leadership]:

@@ -74,6 +74,7 @@ class EtcdClient:
         self._away_since: float | None = None
         self._closed = asyncio.Event()
         self._logging_in = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()  # channels being closed
         if access.ca or access.cert:
             self._files = PemFiles(access.cert, access.key, access.ca)
         elif not access.plaintext:
@@ -179,11 +180,11 @@ class EtcdClient:
             raise self._failure_of(member, error) from error
 
     async def _read_until_closed(self, call: Any) -> Any:
-        """The next message of a stream; EOF at its end, or when the client is closed."""
+        """The next message of a stream; EOF at its end, or when the client or the channel is closed."""
         reading, closing = asyncio.ensure_future(call.read()), asyncio.ensure_future(self._closed.wait())
         try:
             await asyncio.wait({reading, closing}, return_when=asyncio.FIRST_COMPLETED)
-            return reading.result() if reading.done() else grpc.aio.EOF
+            return reading.result() if reading.done() and not reading.cancelled() else grpc.aio.EOF
         finally:
             reading.cancel()
             closing.cancel()
@@ -200,7 +201,7 @@ class EtcdClient:
         """Ends what is under way, and closes the connections."""
         self._closed.set()  # which ends the watches; other calls may take their time to be answered
         channels = [member.channel for member in self._members if member.channel is not None]
-        await asyncio.gather(*(channel.close(grace=CALL_SECONDS) for channel in channels))
+        await asyncio.gather(*(channel.close(grace=CALL_SECONDS) for channel in channels), *self._closing)
 
     # --- Members ------------------------------------------------------------------------------------------------------
 
@@ -210,7 +211,10 @@ class EtcdClient:
             self._files.refresh()
             generation = self._files.generation
         if member.channel is None or member.generation != generation:
-            # One with the old certificates is left to its calls, and goes with the last of them.
+            if member.channel is not None:  # one with the old certificates: its calls may end, its watches begin anew
+                task = asyncio.create_task(member.channel.close(grace=CALL_SECONDS))
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
             credentials = None if self._files is None else channel_credentials(self._files.pems)
             member.channel = open_channel(member.address, options=_CHANNEL_OPTIONS, credentials=credentials)
             member.generation = generation
