@@ -31,7 +31,8 @@ from aetcd import rpc
 from topk_grpc.errors import TopologyError, UnavailableError
 from topk_grpc.model import Topology
 from topk_grpc.topology.codec import decode, encode
-from topk_grpc.topology.etcd_client import EtcdClient, addresses_of
+from topk_grpc.topology.etcd_client import EtcdClient
+from topk_grpc.topology.etcd_members import addresses_of
 from topk_grpc.topology.etcd_presence import EtcdPresence
 from topk_grpc.topology.store import Leadership, StoreAccess, check_succession
 
