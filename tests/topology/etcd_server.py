@@ -136,6 +136,13 @@ class EtcdServer:
             revision = stub.Range(rpc.RangeRequest(key=b"x"), timeout=5).header.revision
             stub.Compact(rpc.CompactionRequest(revision=revision, physical=True), timeout=5)
 
+    def put(self, key: str, value: bytes) -> None:
+        from aetcd import rpc
+
+        with self.channel() as channel:
+            stub: Any = rpc.KVStub(channel)
+            stub.Put(rpc.PutRequest(key=key.encode(), value=value), timeout=5)
+
     def remove(self, key: str) -> None:
         from aetcd import rpc
 

@@ -22,7 +22,7 @@ from tests.topology.etcd_server import EtcdServer, Tls, needs_etcd
 from tests.topology.test_stores import until
 from tests.topology.topologies import at
 from topk_grpc import metrics
-from topk_grpc.errors import SettingError, TopologyConflictError, TopologyError, UnavailableError
+from topk_grpc.errors import CorruptError, SettingError, TopologyConflictError, TopologyError, UnavailableError
 from topk_grpc.topology import StoreAccess, TopologyStore, open_store
 
 pytestmark = needs_etcd
@@ -406,6 +406,24 @@ async def test_who_leads_and_who_is_announced_waits_for_etcd(server: EtcdServer,
     assert not waiting.done()
     server.start()
     await asyncio.wait_for(waiting, 20)
+
+
+# --- Damage -----------------------------------------------------------------------------------------------------------
+
+
+async def test_damage_is_named_and_not_replaced(server: EtcdServer, direct: TopologyStore) -> None:
+    await direct.compare_and_set(at(1))
+    async with aclosing(direct.watch()) as later:
+        assert (await asyncio.wait_for(anext(later), 10)).epoch == 1
+        server.put(f"{PREFIX}/topology", b"{")
+        with pytest.raises(CorruptError, match=f"{PREFIX}/topology"):
+            await asyncio.wait_for(anext(later), 10)
+    for call in (direct.read(), direct.compare_and_set(at(2)), direct.compare_and_set(at(1))):
+        with pytest.raises(CorruptError, match=f"{PREFIX}/topology"):
+            await call
+    server.remove(f"{PREFIX}/topology")
+    await direct.compare_and_set(at(1))
+    assert await direct.read() == at(1)
 
 
 # --- Who may --------------------------------------------------------------------------------------------------------
