@@ -101,7 +101,7 @@ $(STAMP): $(SOURCES)
 		echo "No C extension can be built here ($$reason): installing the kernels uncompiled," \
 			"exact but hundreds of times slower. Install gcc and Python's headers, then: make clean install"; \
 	fi; \
-	$(PIP) install --editable '.[dev,ingest]'; \
+	$(PIP) install --editable '.[dev,ingest,etcd]'; \
 	$(BIN)/topk --version; \
 	touch $@
 

@@ -116,7 +116,13 @@ def check_exposure(listen: str, *, tls: bool, plaintext: bool, flag: str = "--li
 class ServerSettings(_Checked):
     """What every server has."""
 
-    topology: str = setting(..., "", "Where the cluster's topology is kept: file:PATH on one machine. All roles of a cluster name the same.")
+    topology: str = setting(..., "", "Where the cluster's topology is kept: file:PATH on one machine, etcd://HOST:PORT[,HOST:PORT…]/PREFIX for several. All roles of a cluster name the same.")
+    topology_wait_seconds: float = setting(600.0, "s", "How long a start waits for a topology store that does not answer, not ready meanwhile; then it fails. A server that runs goes on without the store for as long as it is away.", 0, 86_400 * 7)
+    etcd_ca: str = setting("", "path", "A PEM file with the CA of etcd's certificates. With it, or with --etcd-cert, etcd is spoken to in TLS. Read anew when it changes, as the next two are.")
+    etcd_cert: str = setting("", "path", "A PEM file with the certificate that is shown to etcd, where it asks for one.")
+    etcd_key: str = setting("", "path", "A PEM file with the private key of --etcd-cert, without a passphrase.")
+    etcd_user: str = setting("", "", "The user to log in to etcd with; needs --etcd-password-file. Empty: none.")
+    etcd_password_file: str = setting("", "path", "A file whose first line is the password of --etcd-user. Read anew at each login; readable by nobody else.")
     listen: str = setting("127.0.0.1:0", "HOST:PORT", "Where to serve gRPC; port 0 takes a free one. A port in use is an error at once.")
     health_port: int = setting(0, "port", "Also answer grpc.health.v1 alone, in plaintext, on this port of the listen address; 0: only on the main port.", 0, 65535)
     message_bytes_max: int = setting(8 << 20, "bytes", "The largest gRPC message taken; a larger one is refused with RESOURCE_EXHAUSTED. Must fit batch_plays_max plays.", 1 << 16, 1 << 30)
@@ -124,7 +130,7 @@ class ServerSettings(_Checked):
     tls_cert: str = setting("", "path", "A PEM file with this server's certificate and what lies between it and its CA. With it the server speaks TLS. Read anew when it changes.")
     tls_key: str = setting("", "path", "A PEM file with the private key of --tls-cert, without a passphrase.")
     tls_ca: str = setting("", "path", "A PEM file with the CA of the cluster's own certificates. A shard with --tls-cert takes calls only from holders of a certificate signed by it; a gateway then speaks TLS with its shards, and trusts no other CA for them.")
-    plaintext: bool = setting(False, "", "Allow an address that other machines can reach without TLS: only where the network or a proxy in front keeps others out. Plays, answers and tokens can be read on the way.")
+    plaintext: bool = setting(False, "", "Allow an address that other machines can reach without TLS, and shards and an etcd on other machines: only where the network or a proxy in front keeps others out. Plays, answers, tokens and the cluster's secret can be read on the way.")
     handshake_seconds: float = setting(10.0, "s", "A connection that has not introduced itself (TLS, HTTP/2) after so long is closed.", 0.1, 3600)
     connection_idle_seconds: float = setting(900.0, "s", "A connection without a call for so long is closed; clients open it again when they need it.", 1, 86_400 * 7)
     drain_seconds: float = setting(10.0, "s", "On SIGTERM: how long streams may take to send the acknowledgements they owe; then they are cut, and clients resend.", 0.1, 600)
@@ -141,6 +147,10 @@ class ServerSettings(_Checked):
         super().__post_init__()
         if bool(self.tls_cert) != bool(self.tls_key):
             raise SettingError("--tls-cert and --tls-key belong together: give both, or neither")
+        if bool(self.etcd_cert) != bool(self.etcd_key):
+            raise SettingError("--etcd-cert and --etcd-key belong together: give both, or neither")
+        if bool(self.etcd_user) != bool(self.etcd_password_file):
+            raise SettingError("--etcd-user and --etcd-password-file belong together: give both, or neither")
         check_exposure(self.listen, tls=bool(self.tls_cert), plaintext=self.plaintext)
 
 

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.topology.test_file import at
+from tests.topology.topologies import at
 from topk_grpc.topology.file import FileTopologyStore
 
 ROOT = Path(__file__).parents[2]
 WRITER = """
 import json, os, sys
 from pathlib import Path
-from tests.topology.test_file import at
+from tests.topology.topologies import at
 from topk_grpc.topology.file import FileTopologyStore
 
 left, calls = int(sys.argv[2]), []

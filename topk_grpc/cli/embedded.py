@@ -41,7 +41,7 @@ SHARDS_DEFAULT: Final = 2
 """Shards of a new cluster, if nobody says how many."""
 
 _EPOCH_FIRST: Final = 1
-_OWN_FILES: Final = frozenset({"up.lock", "topology.json.lock", "topology.json.new", "lost+found"})
+_OWN_FILES: Final = frozenset({"up.lock", "lost+found"})
 
 
 class EmbeddedCluster:
@@ -203,7 +203,8 @@ class EmbeddedCluster:
                     f"--data-dir {self._data_dir}: a backup was being restored here, and that was interrupted: run"
                     " `topk restore` again, it begins anew"
                 )
-            foreign = sorted(each.name for each in self._data_dir.iterdir() if each.name not in _OWN_FILES)
+            names = sorted(each.name for each in self._data_dir.iterdir())
+            foreign = [name for name in names if name not in _OWN_FILES and not name.startswith("topology.json.")]
             if foreign:
                 raise ForeignDirectoryError(
                     f"--data-dir {self._data_dir} has no topology.json, but holds {', '.join(foreign[:3])}"

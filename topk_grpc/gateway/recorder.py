@@ -1,8 +1,8 @@
 """The way of a batch through the gateway: read, checked, split, sent to its shards, joined into one acknowledgement.
 
 A batch is begun in order (`begin` returns when its parts are queued), and acknowledged when every shard concerned has
-answered. Slots that a shard does not own any more are split again by a fresh topology, from the same bytes, until the
-time is up.
+answered. Slots that a shard does not own any more are split again by what it says of their new owners, or by a fresh
+topology, from the same bytes, until the time is up.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ class Recorder:
         parts = []
         for shard, plays in zip(topology.shards, split.parts, strict=True):
             if len(plays):
-                part = Part(topology.epoch, (batch.header, plays), len(batch.header) + len(plays), loop.create_future())
+                pieces, size = (batch.header, plays), len(batch.header) + len(plays)
+                part = Part(topology.epoch, pieces, size, loop.create_future(), shard.shard_id)
                 parts.append(part)
                 try:
                     async with asyncio.timeout_at(deadline):
@@ -188,18 +189,25 @@ class Recorder:
         """Waits for all shards; sends again what went to the wrong ones."""
         try:
             async with asyncio.timeout_at(deadline):
+                told = False
                 while True:
                     lost_slots: list[int] = []
-                    resent = False
+                    resent, known = False, True
                     for part in parts:
-                        self._join(batch, part, await part.outcome, stands_for)
-                        if part.outcome.result().not_owner_slots:
-                            lost_slots += part.outcome.result().not_owner_slots
+                        outcome = await part.outcome
+                        self._join(batch, part, outcome, stands_for)
+                        if outcome.not_owner_slots:
+                            lost_slots += outcome.not_owner_slots
                             resent |= part.sends > 1
+                            known &= self._watch.learn(part.shard_id, outcome.not_owner_slots, outcome.new_owners)
                     if not lost_slots:
                         return self._acknowledge(batch)
-                    await asyncio.sleep(_REROUTE_SECONDS)
-                    routing = await self._watch.refresh()
+                    # Two shards may name each other until both have heard what became of a move: not twice at once.
+                    told = known and not told
+                    if not told:
+                        await asyncio.sleep(_REROUTE_SECONDS)
+                        await self._watch.refresh()
+                    routing = self._watch.current
                     columns, _ = self._read(batch.raw)
                     parts, stands_for = await self._send(batch, columns, routing, routing.only(lost_slots), deadline)
                     # A slot that has moved may have counted it before, where nobody heard the answer.

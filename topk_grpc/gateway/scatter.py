@@ -1,7 +1,8 @@
 """Asking all shards, and making sure that their answers together are the whole.
 
 Each answer says which slots it covers. Only disjoint answers that cover every slot are merged; while slots move two
-shards may both answer for one, or neither, and then all are asked again under a fresh topology.
+shards may both answer for one, or neither, and then all are asked again under a fresh topology. Where slots stay
+uncovered every shard is asked, also those that should own none: a slot may have gone there while the store is away.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from topk_grpc.errors import (
     TopKError,
     UnavailableError,
 )
-from topk_grpc.gateway.routing import RoutingWatch
+from topk_grpc.gateway.routing import Routing, RoutingWatch
 from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
@@ -146,11 +147,12 @@ class Scatter:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.query_seconds
-        topology = self._watch.current.topology
+        routing = self._watch.current
+        everybody = False
         told = ""
         again, again_max = _AGAIN_SECONDS
         while True:
-            gathered, failures = await self._ask_all(topology, method, request, deadline)
+            gathered, failures = await self._ask_all(routing, method, request, deadline, everybody=everybody)
             _raise_out_of_range(failures.values())
             for failure in failures.values():
                 if isinstance(failure, InvalidArgumentError | ResourceExhaustedError):
@@ -167,27 +169,29 @@ class Scatter:
                 raise UnavailableError(told)
             await asyncio.sleep(again)
             again = min(again_max, 2 * again)  # the others scan for nothing each time
-            topology = (await self._watch.refresh()).topology
+            everybody = not failures and not self._overlap(gathered)  # slots are covered by nobody who was asked
+            routing = await self._watch.refresh()
 
     async def _ask_all(
-        self, topology: Topology, method: str, request: Any, deadline: float
+        self, routing: Routing, method: str, request: Any, deadline: float, *, everybody: bool
     ) -> tuple[Gathered[Any], dict[str, TopKError]]:
         seconds = deadline - asyncio.get_running_loop().time()
-        owners = set(topology.owners)
-        owning = [shard for index, shard in enumerate(topology.shards) if index in owners]
+        owning = routing.owning
+        asked = routing.topology.shards if everybody else owning
         results = await asyncio.gather(
-            *(self._queries.ask(shard, method, request, seconds) for shard in owning), return_exceptions=True
+            *(self._queries.ask(shard, method, request, seconds) for shard in asked), return_exceptions=True
         )
         answers: dict[str, Any] = {}
         failures: dict[str, TopKError] = {}
-        for shard, result in zip(owning, results, strict=True):
+        for shard, result in zip(asked, results, strict=True):
             if isinstance(result, TopKError):
-                failures[shard.shard_id] = result
+                if shard in owning:
+                    failures[shard.shard_id] = result
             elif isinstance(result, BaseException):
                 raise result
             else:
                 answers[shard.shard_id] = result
-        return Gathered(topology, answers, tuple(failures)), failures
+        return Gathered(routing.topology, answers, tuple(failures)), failures
 
     def _problem(self, gathered: Gathered[Any], failures: Mapping[str, TopKError]) -> str | None:
         if failures:

@@ -21,7 +21,6 @@ from topk_grpc.rpc.server import (
     add_reflection,
     bind,
     create_server,
-    start_health_server,
 )
 from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.shard.core import Identity, ShardCore
@@ -30,7 +29,8 @@ from topk_grpc.shard.owner import ShardOwner, now_ms
 from topk_grpc.shard.registration import check_directory, check_slots, find_shard, register
 from topk_grpc.shard.service import ShardService
 from topk_grpc.storage import Files
-from topk_grpc.topology.store import TopologyStore, open_store
+from topk_grpc.topology.patience import StorePatience
+from topk_grpc.topology.store import StoreAccess, TopologyStore, open_store
 
 SERVICE = "topk.v1.ShardService"
 
@@ -51,16 +51,29 @@ async def serve(settings: ShardSettings, files: Files | None = None) -> None:
     """
     startup.begin(settings, role="shard", shard=settings.shard_id)
     stop = StopRequest().install(stdin=settings.exit_with_stdin, seconds=settings.stop_seconds)
-    store = open_store(settings.topology)
+    store = open_store(settings.topology, StoreAccess.of(settings))
+    servers: list[grpc.aio.Server] = []
     try:
-        await _serve(settings, stop, store, files)
+        await _serve(settings, stop, store, files, servers)
+    except BaseException:
+        await asyncio.gather(*(each.stop(None) for each in servers))
+        raise
     finally:
         await store.close()
         stop.uninstall()
 
 
-async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStore, files: Files | None) -> None:
-    topology = await store.read()
+async def _serve(
+    settings: ShardSettings,
+    stop: StopRequest,
+    store: TopologyStore,
+    files: Files | None,
+    servers: list[grpc.aio.Server],
+) -> None:
+    health = Health()
+    servers += await startup.serve_health(settings, health)
+    patience = StorePatience(settings.topology_wait_seconds, stop)
+    topology = await patience.wait_for(store.read)
     info = find_shard(topology, settings.shard_id)
     identity = Identity(topology.cluster_id, settings.shard_id)
     core = ShardCore(settings, topology.settings, files)
@@ -75,40 +88,33 @@ async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStor
         access=AccessInterceptor(ClusterGate(topology.secret)),
         patience=Patience(settings.handshake_seconds, settings.connection_idle_seconds),
     )
-    health = Health()
+    servers.append(server)
     await health.register(server)
-    servers = [server]
     address = await bind(server, settings.listen, credentials=startup.credentials_of(settings, settings.tls_ca))
-    if settings.health_port:
-        health_server, _ = await start_health_server(health, settings.listen, settings.health_port)
-        servers.append(health_server)
     service = ShardService(identity, stop.event)
     pb_grpc.add_ShardServiceServicer_to_server(service, server)
     add_raw_handlers(server, SERVICE, stream_stream={"Append": service.append})
     add_reflection(server, [SERVICE])
     await server.start()
+    await _recover(core, settings, stop)
+    core.own(identity, topology.slots_of(settings.shard_id))
+    check_slots(await patience.wait_for(store.read), settings.shard_id, core.state.ownership, settings.data_dir)
+    core.configure(now_ms())
+    owner = ShardOwner(core, settings)
+    channels = ShardChannels(settings, topology.cluster_id, topology.secret)
+    moves = ShardMoves(owner, store, channels, settings)
+    service.open(owner, moves)
+    place = (settings.shard_id, settings.advertise or address, core.directory_id, settings.data_dir)
     try:
-        await _recover(core, settings, stop)
-        core.own(identity, topology.slots_of(settings.shard_id))
-        check_slots(await store.read(), settings.shard_id, core.state.ownership, settings.data_dir)
-        core.configure(now_ms())
-        owner = ShardOwner(core, settings)
-        channels = ShardChannels(settings, topology.cluster_id, topology.secret)
-        moves = ShardMoves(owner, store, channels, settings)
-        service.open(owner, moves)
-        await register(store, settings.shard_id, settings.advertise or address, core.directory_id, settings.data_dir)
+        await patience.wait_for(lambda: register(store, *place))
         await health.set(ready=True)
         log.event(
             "ready", address=address, cluster=topology.cluster_id, songs=len(core.state.songs), position=core.position
         )
         startup.tell_supervisor(settings, address)
-        try:
-            await _serve_until_stopped(settings, stop, owner, health, servers)
-        finally:
-            await moves.close()
-    except BaseException:
-        await asyncio.gather(*(each.stop(None) for each in servers))
-        raise
+        await _serve_until_stopped(settings, stop, owner, health, servers)
+    finally:
+        await moves.close()
 
 
 async def _recover(core: ShardCore, settings: ShardSettings, stop: StopRequest) -> None:

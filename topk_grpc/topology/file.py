@@ -8,25 +8,27 @@ compares, and then
 2. renames it over PATH               readers see the old file or the new one, never a part
 3. fsyncs the directory               before this the change may be lost with the machine's power, and only then
 
-The kernel gives the lock back when its holder dies. Readers take no lock. Watchers compare the file's identity every
-100 ms: inotify would be quicker, and silent on network file systems.
+Readers take no lock. Watchers compare the file's identity every 100 ms: inotify would be quicker, and silent on network
+file systems.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Final
 
-from topk_grpc.errors import DiskFullError, StorageError, TopologyConflictError, TopologyError, UnavailableError
+from topk_grpc.errors import DiskFullError, StorageError, TopologyError
 from topk_grpc.model import Topology
 from topk_grpc.topology.codec import decode, encode
+from topk_grpc.topology.locks import locked
+from topk_grpc.topology.presence import FilePresence
+from topk_grpc.topology.store import Leadership, check_succession
 
 POLL_SECONDS: Final = 0.1
 """How often a watch looks."""
@@ -44,6 +46,7 @@ class FileTopologyStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()
+        self._presence = FilePresence(self._path)
         self._closed = asyncio.Event()
 
     async def read(self) -> Topology:
@@ -83,6 +86,18 @@ class FileTopologyStore:
             except TimeoutError:
                 continue
 
+    def lead(self, name: str) -> AbstractAsyncContextManager[Leadership]:
+        """As `TopologyStore.lead`."""
+        return self._presence.lead(name)
+
+    def announce(self, name: str, text: str) -> AbstractAsyncContextManager[None]:
+        """As `TopologyStore.announce`."""
+        return self._presence.announce(name, text)
+
+    async def alive(self) -> Mapping[str, str]:
+        """As `TopologyStore.alive`."""
+        return await self._presence.alive()
+
     async def close(self) -> None:
         """Ends all watches."""
         self._closed.set()
@@ -110,7 +125,7 @@ class FileTopologyStore:
     def _compare_and_set(self, topology: Topology) -> None:
         raw = encode(topology)
         try:
-            with self._lock():
+            with locked(self._beside(".lock"), LOCK_SECONDS):
                 self._compare(topology)
                 self._replace(raw)
         except OSError as error:
@@ -121,41 +136,8 @@ class FileTopologyStore:
         try:
             present = self._read()
         except TopologyError:
-            if topology.epoch <= 1:
-                return
-            raise TopologyConflictError(
-                f"epoch {topology.epoch} was to replace {topology.epoch - 1} at {self._path}, but there is none"
-            ) from None
-        if present.cluster_id != topology.cluster_id:
-            raise TopologyConflictError(
-                f"{self._path} keeps the topology of cluster {present.cluster_id}, not of {topology.cluster_id}: "
-                "give each cluster a file of its own"
-            )
-        if present.epoch != topology.epoch - 1:
-            raise TopologyConflictError(
-                f"epoch {topology.epoch} was to replace {topology.epoch - 1} at {self._path}, but {present.epoch} is "
-                "there: read it and decide again"
-            )
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        descriptor = os.open(self._beside(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            deadline = time.monotonic() + LOCK_SECONDS
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() > deadline:
-                        raise UnavailableError(
-                            f"another process holds {self._beside('.lock')} for over {LOCK_SECONDS:g} s: "
-                            "try again, or look for a process that hangs"
-                        ) from error
-                    time.sleep(0.005)
-            yield
-        finally:
-            os.close(descriptor)  # gives the lock back
+            present = None
+        check_succession(present, topology, str(self._path))
 
     def _replace(self, raw: bytes) -> None:
         new = self._beside(".new")
