@@ -546,7 +546,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the generated stream.")] = 1,
 ) -> None:
-    """Show the whole story in a minute: a cluster, a stream, a kill -9 in the middle, and every count checked."""
+    """Show the whole story in a minute: a cluster, a stream, a shard that joins and is killed, every count checked."""
     from topk_grpc.cli.demo import run
 
     raise typer.Exit(run(seconds=seconds, shards=shards, songs=songs, seed=seed))
