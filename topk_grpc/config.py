@@ -159,6 +159,7 @@ class ShardSettings(ServerSettings):
     """A shard's settings."""
 
     shard_id: str = setting(..., "", "This shard's stable name in the topology.")
+    join: bool = setting(False, "", "Take a place in the cluster if the topology has none for this shard: it begins with nothing, and gets slots by the next plan. Wait for a topology that is not there yet. Without it both are errors: a wrong name, or a wrong --topology, must not make a shard.")
     data_dir: str = setting(..., "path", "The directory that holds this shard's plays. One process at a time; losing it loses the plays.")
     advertise: str = setting("", "HOST:PORT", "The address that gateways are told; empty: the one listened on.")
     heap_size: int = setting(1000, "entries", "The best entries of each chart that are kept in order as plays arrive. A query up to this k costs O(k), a larger one scans all entries.", 1, 10_000)
@@ -238,4 +239,31 @@ class GatewaySettings(ServerSettings):
         if self.tls_ca and not (self.shard_cert or self.tls_cert):
             raise SettingError(
                 "--tls-ca is given without a certificate to show to shards: give --tls-cert, or --shard-cert"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerSettings(ServerSettings):
+    """A controller's settings."""
+
+    message_bytes_max: int = setting(1 << 16, "bytes", "The largest gRPC message taken; a controller answers nothing but health.", 1 << 10, 1 << 30)
+    auto_rebalance: bool = setting(True, "", "Plan anew when a shard has joined, or drains. Off: only plans that `topk cluster drain`, `add` and `rebalance` make are carried out.")
+    move_share: float = setting(0.5, "", "The part of the time that moving slots may take. More moves sooner; less leaves more of the shards to plays and queries.", 0.01, 1)
+    move_slots_max: int = setting(64, "slots", "The most slots that move together. They wait together, too: fewer are taken where that gets long.", 1, 4096)
+    move_seconds_max: float = setting(5.0, "s", "A move that has not come so far after this time that its target has everything is aborted: plays of its slots wait meanwhile. Too low for the largest slot, and that one never moves.", 0.1, 600)
+    create_shards: int = setting(0, "shards", "Where there is no topology, make one with so many shards, and wait for them to start. 0: wait until somebody else makes one.", 0, 256)
+    shard_prefix: str = setting("shard-", "", "The shards of a new topology are named by this and a number from 0, as a Kubernetes StatefulSet names its pods.")
+    partitioner: str = setting("ring", "", "How a new cluster places songs: ring, or modulo for comparison. Fixed for good when the cluster is made.")
+    slots: int = setting(1024, "slots", "How many slots a new cluster has: what moves as one, and so how evenly and in how small steps. Some for each shard it may ever have. Fixed for good when the cluster is made.", 1, 16_384)
+
+    def __post_init__(self) -> None:
+        """As every server's.
+
+        Raises:
+            SettingError: settings contradict each other.
+        """
+        super().__post_init__()
+        if self.tls_ca and not self.tls_cert:
+            raise SettingError(
+                "--tls-ca is given without a certificate to show to shards: give --tls-cert and --tls-key"
             )

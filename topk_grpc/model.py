@@ -418,6 +418,9 @@ class ChartSummary:
 
 # --- The cluster ------------------------------------------------------------------------------------------------------
 
+CONTROLLER: Final = "leader.controller"
+"""The name of the controllers' office, and of who holds it; no shard can have it."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterSettings:
@@ -488,6 +491,8 @@ class Topology:
         next_migration_id: of the next one.
         paused: no new migration begins.
         wanted: the plan that migrations carry out, in the form of `owners`; empty: things are to stay as they are.
+        moved_slots: how many slots have moved since the cluster was made; one that has moved twice counts twice.
+        longest_stall_ms: the longest that plays of a slot had to wait since that plan was made, as coordinators saw it.
     """
 
     cluster_id: str
@@ -500,6 +505,8 @@ class Topology:
     next_migration_id: int = 1
     paused: bool = False
     wanted: tuple[int, ...] = field(default=(), repr=False)
+    moved_slots: int = 0
+    longest_stall_ms: int = 0
 
     def shard(self, shard_id: str) -> ShardInfo | None:
         """The shard of that name, or None."""

@@ -93,7 +93,7 @@ class Up:
                     continue
                 words = path.joinpath("cmdline").read_bytes().decode().split("\0")
                 if "--topology" in words:
-                    role = words[words.index("--shard-id") + 1] if "--shard-id" in words else "gateway"
+                    role = words[words.index("--shard-id" if "--shard-id" in words else "topk_grpc") + 1]
                     found[role] = int(path.name)
         return found
 

@@ -43,7 +43,7 @@ def test_starts_stops_and_keeps_the_plays(
     file = write_plays(tmp_path / "a.csv", 100)
     up = start_up(tmp_path / "data", "--shards", "3")
     gateway = up.wait_ready()
-    assert up.children().keys() == {"gateway", "shard-0", "shard-1", "shard-2"}
+    assert up.children().keys() == {"gateway", "controller", "shard-0", "shard-1", "shard-2"}
     ingest(run_topk, file, gateway)
     status = run_json("cluster", "status", gateway=gateway)
     assert [shard["shard_id"] for shard in status["shards"]] == ["shard-0", "shard-1", "shard-2"]
@@ -62,7 +62,7 @@ def test_a_killed_shard_and_gateway_come_back(
     up = start_up(tmp_path / "data", "--shards", "2")
     gateway = up.wait_ready()
     ingest(run_topk, write_plays(tmp_path / "a.csv", 50), gateway)
-    for role in ("shard-1", "gateway", "shard-0"):
+    for role in ("shard-1", "gateway", "controller", "shard-0"):
         before = up.children()[role]
         os.kill(before, signal.SIGKILL)
         until(lambda role=role, before=before: up.children().get(role, before) != before, f"{role} is started again")
@@ -76,7 +76,7 @@ def test_children_end_when_the_supervisor_is_killed(tmp_path: Path, start_up: An
     up = start_up(tmp_path / "data", "--shards", "2")
     up.wait_ready()
     children = up.children()
-    assert len(children) == 3
+    assert len(children) == 4
     up.process.kill()
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children.values()), "no child outlives it")
     again = start_up(tmp_path / "data")
@@ -101,14 +101,38 @@ def test_a_data_directory_in_use_is_refused(tmp_path: Path, start_up: Any) -> No
     assert up.stop() == 0
 
 
-def test_another_number_of_shards_is_refused(tmp_path: Path, start_up: Any) -> None:
+def test_more_shards_join_at_the_start_and_fewer_are_refused(
+    tmp_path: Path, start_up: Any, run_topk: Any, run_json: Any, until: Any
+) -> None:
     up = start_up(tmp_path / "data", "--shards", "2")
-    up.wait_ready()
+    ingest(run_topk, write_plays(tmp_path / "a.csv", 500), up.wait_ready())
     up.stop()
-    second = start_up(tmp_path / "data", "--shards", "3")
-    assert second.wait_end() == 1
-    assert "--shards is 3, but the cluster" in error_line(second)
-    assert "has 2" in error_line(second)
+    grown = start_up(tmp_path / "data", "--shards", "3")
+    gateway = grown.wait_ready()
+
+    def even() -> bool:
+        return {shard["slots"] for shard in run_json("cluster", "status", gateway=gateway)["shards"]} == {341, 342}
+
+    until(even, "the new shard has its share")
+    assert total(run_json, gateway) == 500
+    grown.stop()
+    fewer = start_up(tmp_path / "data", "--shards", "2")
+    assert fewer.wait_end() == 1
+    assert "--shards is 2, but the cluster" in error_line(fewer)
+    assert "has 3" in error_line(fewer)
+    assert "topk cluster drain shard-2" in error_line(fewer)
+
+
+def test_what_is_for_good_is_refused_otherwise(tmp_path: Path, start_up: Any, run_json: Any) -> None:
+    up = start_up(tmp_path / "data", "--shards", "2", "--slots", "64", "--partitioner", "modulo")
+    status = run_json("cluster", "status", gateway=up.wait_ready())
+    assert (status["slots"], status["partitioner"]) == (64, "modulo")
+    up.stop()
+    for given in (("--slots", "65"), ("--partitioner", "ring")):
+        again = start_up(tmp_path / "data", *given)
+        assert again.wait_end() == 1
+        assert f"{given[0]} is {given[1]}, but the cluster" in error_line(again)
+    start_up(tmp_path / "data", "--slots", "64", "--partitioner", "modulo").wait_ready()
 
 
 def test_a_port_in_use_is_refused_at_once(tmp_path: Path, start_up: Any) -> None:

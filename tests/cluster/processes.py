@@ -18,10 +18,10 @@ from typing import Any, Final
 import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 from topk_grpc.pb.topk.v1 import query_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
-from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # processes are started by exec
 
@@ -133,7 +133,7 @@ class Server:
 
 
 def _children(parent: int) -> dict[str, int]:
-    """The processes that a supervisor has started, by `shard-N` or `gateway`."""
+    """The processes that a supervisor has started, by `shard-N`, `gateway` or `controller`."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -143,7 +143,7 @@ def _children(parent: int) -> dict[str, int]:
             words = (entry / "cmdline").read_bytes().decode().split("\0")
             if int(fields[1]) != parent or fields[0] == "Z" or "topk_grpc" not in words:
                 continue
-            name = words[words.index("--shard-id") + 1] if "--shard-id" in words else "gateway"
+            name = words[words.index("--shard-id" if "--shard-id" in words else "topk_grpc") + 1]
             found[name] = int(entry.name)
     return found
 
@@ -164,7 +164,8 @@ class Cluster:
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.topology = f"file:{self.data_dir / 'topology.json'}"
-        self._arguments = ["up", "--shards", str(shards), "--data-dir", str(self.data_dir), "--port", str(self.port)]
+        self._arguments = ["up", "--data-dir", str(self.data_dir), "--port", str(self.port)]
+        self._shards = shards
         self._settings = settings
         self._known: set[int] = set()
         self._gateways: list[Server] = []
@@ -173,8 +174,9 @@ class Cluster:
         self.stub = TopKServiceStub(self.channel)
 
     def start(self) -> Cluster:
-        """Returns when every shard answers."""
-        server = self.server = Server(self._arguments, self.root / "up", self._settings)
+        """Returns when every shard answers. Later starts have as many shards as there are by then."""
+        new = [] if self.data_dir.exists() else ["--shards", str(self._shards)]
+        server = self.server = Server([*self._arguments, *new], self.root / "up", self._settings)
         before = server.out.stat().st_size
 
         def ready() -> bool:
@@ -186,7 +188,7 @@ class Cluster:
         return self
 
     def pid(self, name: str) -> int:
-        """Of `shard-N`, `gateway` or `supervisor`; waits for one that is being started again."""
+        """Of `shard-N`, `gateway`, `controller` or `supervisor`; waits for one that is being started again."""
         assert self.server is not None
         supervisor = self.server.pid
         if name == "supervisor":

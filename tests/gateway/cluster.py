@@ -21,7 +21,8 @@ from topk_grpc.config import GatewaySettings, ShardSettings
 from topk_grpc.engine import query
 from topk_grpc.engine.query import Scope
 from topk_grpc.gateway.admin import ClusterAdminService
-from topk_grpc.gateway.link import ShardLink
+from topk_grpc.gateway.description import ClusterDescriber
+from topk_grpc.gateway.links import ShardLinks
 from topk_grpc.gateway.queries import Queries
 from topk_grpc.gateway.recorder import Recorder
 from topk_grpc.gateway.routing import RoutingWatch
@@ -193,20 +194,14 @@ class Gateway:
         topology = await self._store.read()
         settings = self.settings
         channels = ShardChannels(settings, topology.cluster_id)
-        self.links = {shard.shard_id: ShardLink(settings, channels, shard) for shard in topology.shards}
-
-        def follow(changed: Topology) -> None:
-            for shard in changed.shards:
-                self.links[shard.shard_id].move(shard)
-
-        self.watch = RoutingWatch(self._store, topology, follow)
+        self.links = ShardLinks(settings, channels, topology)
+        self.watch = RoutingWatch(self._store, topology, self.links.follow)
         self.shard_queries = ShardQueries(settings, channels)
         scatter = Scatter(settings, self.watch, self.shard_queries)
         self.recorder = Recorder(settings, self.watch, self.links)
         self.queries = Queries(settings, topology.settings.resolution_ms, scatter, self._clock)
-        service = self.service = TopKService(
-            settings, self.watch, self.recorder, self.queries, self.shard_queries, self.drain
-        )
+        describer = ClusterDescriber(settings, self.watch, self.shard_queries, self._store)
+        service = self.service = TopKService(settings, self.recorder, self.queries, describer, self.drain)
         self.server = create_server(settings.message_bytes_max)
         pb_grpc.add_TopKServiceServicer_to_server(service, self.server)
         add_raw_handlers(
@@ -215,7 +210,7 @@ class Gateway:
             stream_stream={"StreamPlays": service.stream_plays},
             unary_unary={"RecordPlays": service.record_plays},
         )
-        admin = ClusterAdminService(settings, self.watch, self.shard_queries)
+        admin = ClusterAdminService(settings, self.watch, self.shard_queries, self._store)
         admin_grpc.add_ClusterAdminServiceServicer_to_server(admin, self.server)
         self.address = await bind(self.server, settings.listen)
         await self.server.start()
@@ -230,7 +225,7 @@ class Gateway:
         await self.server.stop(None)
         await self.service.close()
         await self.watch.close()
-        await asyncio.gather(*(link.close() for link in self.links.values()), self.shard_queries.close())
+        await asyncio.gather(self.links.close(), self.shard_queries.close())
 
 
 class Cluster:

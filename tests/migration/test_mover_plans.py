@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from topk_grpc.migration.calls import Fetched
+from topk_grpc.migration.members import with_shard
 from topk_grpc.migration.mover import Mover, Pace
-from topk_grpc.migration.plan import fewest, with_shard
+from topk_grpc.migration.plan import fewest
 from topk_grpc.model import ClusterSettings, ShardInfo, Topology
 from topk_grpc.ring.plan import plan_owners
 from topk_grpc.topology.file import FileTopologyStore
@@ -20,6 +21,9 @@ SLOTS = 64
 
 class WillingShards:
     """Do what they are asked, at once."""
+
+    async def probe(self, shard: ShardInfo, seconds: float) -> None:
+        pass
 
     async def freeze(self, source: ShardInfo, migration_id: int, seconds: float) -> None:
         pass

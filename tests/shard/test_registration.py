@@ -91,5 +91,5 @@ async def test_a_topology_that_changes_all_the_time_ends_in_a_conflict(tmp_path:
             await store.compare_and_set(replace(present, epoch=present.epoch + 1))
             await store.compare_and_set(topology)
 
-    with pytest.raises(TopologyConflictError, match=r"shard-0 could not register"):
+    with pytest.raises(TopologyConflictError, match=r"the address of shard-0 could not be written"):
         await register(Busy(), "shard-0", "127.0.0.1:1", "a" * 32, "dir")  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
-"""`topk cluster delete-song`: what changes a running cluster. Asks first, where there is somebody to ask."""
+"""How commands that change a running cluster call its gateway, and the first of them: `topk cluster delete-song`."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sys
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import typer
@@ -20,8 +20,37 @@ from topk_grpc.rpc.status import from_rpc_error
 _SECONDS: Final = 60.0
 
 
+def call(gateway: Reach, method: str, request: Any) -> Any:
+    """As `call_async`, for commands that call once."""
+    return asyncio.run(call_async(gateway, method, request))
+
+
+async def call_async(gateway: Reach, method: str, request: Any) -> Any:
+    """Calls the admin service of a gateway once.
+
+    Args:
+        gateway: where it is.
+        method: of ClusterAdminService.
+        request: its message.
+
+    Raises:
+        TopKError: the cluster does not answer, or refuses.
+    """
+    connection = gateway.connection()
+    try:
+        stub = ClusterAdminServiceStub(connection.channel)
+        return await getattr(stub, method)(request, timeout=_SECONDS, metadata=connection.metadata())
+    except grpc.aio.AioRpcError as error:
+        failure: TopKError = from_rpc_error(error)
+        if isinstance(failure, UnavailableError):
+            failure = unreachable(gateway, failure)
+        raise failure from error
+    finally:
+        await connection.close()
+
+
 def delete_song(song_id: str, gateway: Reach, *, yes: bool, as_json: bool) -> None:
-    """Has all plays of a song taken back, and prints what it had.
+    """Has all plays of a song taken back, and prints what it had. Asks first, where there is somebody to ask.
 
     Raises:
         typer.BadParameter: nobody can be asked, and `yes` is not set.
@@ -39,7 +68,7 @@ def delete_song(song_id: str, gateway: Reach, *, yes: bool, as_json: bool) -> No
         print(question, end="", file=sys.stderr, flush=True)  # noqa: T201  # typer's own writes to stdout as well
         if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
             raise typer.Abort
-    deleted = asyncio.run(_delete_song(song_id, gateway))
+    deleted = call(gateway, "DeleteSong", pb.ClusterAdminServiceDeleteSongRequest(song_id=song_id))
     if as_json:
         value = {"song_id": song_id, "plays": deleted.plays, "charts": deleted.charts}
         print(json.dumps(value, ensure_ascii=False))  # noqa: T201
@@ -47,18 +76,3 @@ def delete_song(song_id: str, gateway: Reach, *, yes: bool, as_json: bool) -> No
         print(f"{song_id}: {deleted.plays:,} plays deleted, and those in {deleted.charts:,} charts")  # noqa: T201
     else:
         print(f"{song_id} had no plays")  # noqa: T201
-
-
-async def _delete_song(song_id: str, gateway: Reach) -> pb.ClusterAdminServiceDeleteSongResponse:
-    connection = gateway.connection()
-    try:
-        return await ClusterAdminServiceStub(connection.channel).DeleteSong(
-            pb.ClusterAdminServiceDeleteSongRequest(song_id=song_id), timeout=_SECONDS, metadata=connection.metadata()
-        )
-    except grpc.aio.AioRpcError as error:
-        failure: TopKError = from_rpc_error(error)
-        if isinstance(failure, UnavailableError):
-            failure = unreachable(gateway, failure)
-        raise failure from error
-    finally:
-        await connection.close()

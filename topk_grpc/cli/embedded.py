@@ -1,51 +1,38 @@
 """A whole cluster on this machine: what `topk up` runs, and `topk demo` inside its own process.
 
-    DATA_DIR/up.lock         locked (flock) while a supervisor runs
-    DATA_DIR/topology.json   the file topology
-    DATA_DIR/shard-0 …       one data directory a shard
+Theory of operation. The topology says which shards there are, whoever changes it: `topk cluster add` and `remove`, or
+another `--shards` at the start. The supervisor watches it and keeps one process running for each shard, besides a
+gateway and a controller. A shard that was removed is stopped, and its directory set aside (cluster_directory.py).
 
 Only the gateway's port is known beforehand. Shards take free ones at each start and register them in the topology,
-which the gateway watches.
+which the gateway watches. The supervisor holds no data and decides nothing: killed and started again, it finds in the
+topology what there is to run.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
-import secrets
 import socket
 import sys
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from contextlib import aclosing
 from pathlib import Path
-from typing import Final
+from typing import Any
 
 from topk_grpc.cli.children import Child, OnLine
+from topk_grpc.cli.cluster_directory import ClusterDirectory
 from topk_grpc.config import GatewaySettings
-from topk_grpc.errors import (
-    AddressInUseError,
-    DirectoryInUseError,
-    ForeignDirectoryError,
-    InvalidArgumentError,
-    SettingError,
-    StorageError,
-)
-from topk_grpc.model import ClusterSettings, ShardInfo, Topology
-from topk_grpc.ring.plan import plan_owners
-from topk_grpc.storage.directory import RESTORING
+from topk_grpc.errors import AddressInUseError, InvalidArgumentError, StorageError, TopKError
+from topk_grpc.model import Topology
 from topk_grpc.topology import open_store
 
-SHARDS_DEFAULT: Final = 2
-"""Shards of a new cluster, if nobody says how many."""
-
-_EPOCH_FIRST: Final = 1
-_OWN_FILES: Final = frozenset({"up.lock", "lost+found"})
+_AGAIN_SECONDS = 1.0
+_FIRST_SHARD = 2  # of the processes, for their metrics: behind the gateway and the controller
 
 
 class EmbeddedCluster:
-    """Shard processes and a gateway process, kept running until `stop`."""
+    """Shard processes, a gateway and a controller, kept running until `stop`."""
 
     def __init__(
         self,
@@ -65,21 +52,28 @@ class EmbeddedCluster:
             shards: how many; None: as many as the data directory has, `SHARDS_DEFAULT` in a new one.
             host: the gateway's address.
             port: the gateway's port, 0 for a free one.
-            metrics_port: where the gateway serves metrics; the shards in their order on the ports after it. 0: nowhere.
+            metrics_port: where the gateway serves metrics; the controller on the next port, the shards in their order
+                on those after it. 0: nowhere.
             environment: settings of the servers, by variable.
             on_line: is told what the processes write on stderr, and when they end.
         """
-        self._data_dir = data_dir.absolute()
+        self._directory = ClusterDirectory(data_dir)
         self._shards_asked = shards
         self._host = host
         self._port = port
         self._metrics_port = metrics_port
         self._environment = os.environ | dict(environment or {})
+        self._given = dict(environment or {})
         self._on_line = on_line
-        self._lock: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: asyncio.Future[None] | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._newest: Topology | None = None
+        self._stopping: dict[str, asyncio.Task[None]] = {}  # shards that were removed
+        self._numbers: dict[str, int] = {}  # of shards, for the ports of their metrics
         self.shards: dict[str, Child] = {}
         self.gateway: Child | None = None
+        self.controller: Child | None = None
 
     @property
     def address(self) -> str:
@@ -93,59 +87,78 @@ class EmbeddedCluster:
         Raises:
             DirectoryInUseError: another `topk up` runs on it.
             ForeignDirectoryError: it holds something else.
-            SettingError: it has another number of shards.
+            SettingError: it has more shards, or was made with other settings.
             AddressInUseError: the gateway's port is taken.
         """
-        self._take_hold()
+        self._directory.take_hold()
+        self._failure = asyncio.get_running_loop().create_future()
         try:
             self._port = _free_port(self._host, self._port)
-            topology = await self._topology()
+            slots = self._given.get("TOPK_SLOTS")
+            topology = await self._directory.open_topology(
+                self._shards_asked, self._given.get("TOPK_PARTITIONER"), int(slots) if slots else None
+            )
+            self._set_aside(topology)
             for info in topology.shards:
-                self.shards[info.shard_id] = Child(
-                    info.shard_id, self._shard_command(info.shard_id), self._shard_environment(), self._on_line
-                )
-            self.gateway = Child("gateway", self._gateway_command(), self._environment, self._on_line)
-            self._tasks = {child.start() for child in [*self.shards.values(), self.gateway]}
+                self._start_shard(info.shard_id)
+            self.gateway = self._start("gateway", self._role_command("gateway", self.address, 0), self._environment)
+            command = self._role_command("controller", "127.0.0.1:0", 1)
+            self.controller = self._start("controller", command, self._inner_environment())
+            self._following = asyncio.create_task(self._follow())
         except BaseException:
-            self._let_go()
+            self._directory.let_go()
             raise
 
     async def wait_ready(self) -> None:
-        """Returns when the gateway and every shard have said that they answer; recovery may take its time.
+        """Returns when every process has said that it answers; recovery may take its time.
 
         Raises:
             ProcessFailedError: a process does not start; the others still have to be stopped.
         """
-        waiting = asyncio.ensure_future(self._all_ready())
+        children, failure = self._children(), self._failed
+        waiting = asyncio.ensure_future(asyncio.gather(*(child.ready.wait() for child in children)))
         try:
-            await asyncio.wait({waiting, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
-            self._raise_failure()
+            both: set[asyncio.Future[Any]] = {waiting, failure}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if failure.done():
+                failure.result()
             await waiting
         finally:
             waiting.cancel()
-        for child in self._children():
+        for child in children:
             child.was_ready = True
-
-    async def _all_ready(self) -> None:
-        await asyncio.gather(*(child.ready.wait() for child in self._children()))
 
     async def wait_failed(self) -> None:
         """Returns only by an exception, when a process failed for good."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-        self._raise_failure()
+        await asyncio.shield(self._failed)
+
+    @property
+    def _failed(self) -> asyncio.Future[None]:
+        """Done when a process failed for good."""
+        if self._failure is None:
+            raise RuntimeError("the cluster was not started")
+        return self._failure
+
+    @property
+    def _stop_seconds(self) -> float:
+        """By then each has ended by itself, within its stop_seconds."""
+        return float(self._environment.get("TOPK_STOP_SECONDS") or GatewaySettings(topology="-").stop_seconds) + 5
 
     async def stop(self) -> None:
-        """Stops the gateway, then the shards, each gracefully, and lets go of the data directory."""
-        # Each has ended by itself within its stop_seconds.
-        seconds = float(self._environment.get("TOPK_STOP_SECONDS") or GatewaySettings(topology="-").stop_seconds) + 5
+        """Stops the gateway, then the others, each gracefully, and lets go of the data directory."""
+        seconds = self._stop_seconds
         try:
+            if self._following is not None:
+                self._following.cancel()
+                await asyncio.gather(self._following, return_exceptions=True)
             if self.gateway is not None:
                 await self.gateway.stop(seconds)
-            await asyncio.gather(*(child.stop(seconds) for child in self.shards.values()))
+            others = [child.stop(seconds) for child in self._children() if child is not self.gateway]
+            await asyncio.gather(*others, *self._stopping.values())
         finally:
             self.kill()
-            self._let_go()
+            self._failed.cancel()
+            self._directory.let_go()
 
     def kill(self) -> None:
         """Kills what still runs, at once."""
@@ -153,123 +166,95 @@ class EmbeddedCluster:
             child.kill()
 
     def _children(self) -> list[Child]:
-        return [*self.shards.values(), *([self.gateway] if self.gateway else [])]
+        others = (child for child in (self.gateway, self.controller) if child is not None)
+        return [*self.shards.values(), *others]
 
-    def _raise_failure(self) -> None:
-        for task in self._tasks:
-            if task.done() and not task.cancelled():
-                task.result()
+    def _start(self, name: str, command: list[str], environment: Mapping[str, str]) -> Child:
+        child = Child(name, command, environment, self._on_line)
+        task = child.start()
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return child
 
-    # --- The data directory -------------------------------------------------------------------------------------------
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self._failed.done():
+            self._failed.set_exception(error)
+            self._failed.exception()  # whether anybody waits for it or not
 
-    def _take_hold(self) -> None:
-        if self._data_dir.exists() and not self._data_dir.is_dir():
-            raise ForeignDirectoryError(
-                f"--data-dir {self._data_dir} is a file: name a directory, or a path that does not exist"
-            )
-        self._data_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._data_dir / "up.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    # --- The topology's shards ----------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Runs what the topology says, as it changes."""
+        store = open_store(self._directory.topology_url)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise DirectoryInUseError(
-                f"--data-dir {self._data_dir} is in use by another process{f' ({holder})' if holder else ''}: "
-                "a cluster runs on it already. Stop that one, or name another directory"
-            ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()}\n".encode(), 0)
-        self._lock = descriptor
-
-    def _let_go(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    async def _topology(self) -> Topology:
-        """The topology that the data directory has; a new one where it has nothing."""
-        store = open_store(self._topology_url())
-        try:
-            if (self._data_dir / "topology.json").exists():
-                topology = await store.read()
-                self._check(topology)
-                if not topology.secret:  # it was made by a release that had none
-                    topology = replace(topology, epoch=topology.epoch + 1, secret=secrets.token_hex(32))
-                    await store.compare_and_set(topology)
-                return topology
-            if (self._data_dir / RESTORING).exists():
-                raise StorageError(
-                    f"--data-dir {self._data_dir}: a backup was being restored here, and that was interrupted: run"
-                    " `topk restore` again, it begins anew"
-                )
-            names = sorted(each.name for each in self._data_dir.iterdir())
-            foreign = [name for name in names if name not in _OWN_FILES and not name.startswith("topology.json.")]
-            if foreign:
-                raise ForeignDirectoryError(
-                    f"--data-dir {self._data_dir} has no topology.json, but holds {', '.join(foreign[:3])}"
-                    f"{' …' if len(foreign) > 3 else ''}: name an empty directory or one of `topk up`, "
-                    "or put topology.json back"
-                )
-            shard_ids = tuple(f"shard-{index}" for index in range(self._shards_asked or SHARDS_DEFAULT))
-            topology = _new_topology(shard_ids)
-            await store.compare_and_set(topology)
-            return topology
+            while True:
+                try:
+                    async with aclosing(store.watch()) as topologies:
+                        async for topology in topologies:
+                            self._adjust(topology)
+                except TopKError as error:  # damaged by somebody's hand, say: what runs goes on
+                    self._on_line("topology", f"cannot be followed: {error}")
+                await asyncio.sleep(_AGAIN_SECONDS)
         finally:
             await store.close()
 
-    def _check(self, topology: Topology) -> None:
-        present = len(topology.shards)
-        if self._shards_asked is not None and self._shards_asked != present:
-            raise SettingError(
-                f"--shards is {self._shards_asked}, but the cluster in {self._data_dir} has {present}: leave --shards "
-                f"out or say {present}. (To have another number of shards, load a new data directory)"
-            )
+    def _adjust(self, topology: Topology) -> None:
+        self._newest = topology
+        names = {shard.shard_id for shard in topology.shards}
+        for gone in self.shards.keys() - names:
+            self._stopping[gone] = asyncio.create_task(self._remove(gone, self.shards.pop(gone)))
+        for new in sorted(names - self.shards.keys() - self._stopping.keys()):
+            # What does not start now is tried again and again: the others serve.
+            self._start_shard(new).was_ready = True
 
-    def _topology_url(self) -> str:
-        return f"file:{self._data_dir / 'topology.json'}"
+    def _start_shard(self, shard_id: str) -> Child:
+        taken = {self._numbers[name] for name in self.shards.keys() | self._stopping.keys()}
+        number = next(each for each in range(len(taken) + 1) if each not in taken)
+        self._numbers[shard_id] = number
+        child = self._start(shard_id, self._shard_command(shard_id, _FIRST_SHARD + number), self._inner_environment())
+        self.shards[shard_id] = child
+        return child
+
+    async def _remove(self, shard_id: str, child: Child) -> None:
+        """Stops a shard that was removed, and sets its directory aside; it may come back under its name after that."""
+        await child.stop(self._stop_seconds)
+        self._on_line(shard_id, "was removed from the cluster, and has been stopped")
+        del self._stopping[shard_id]
+        if self._newest is not None:
+            self._set_aside(self._newest)
+            self._adjust(self._newest)
+
+    def _set_aside(self, topology: Topology) -> None:
+        """Moves the directories of shards out of the way that are neither in the topology nor running."""
+        names = {shard.shard_id for shard in topology.shards} | self.shards.keys() | self._stopping.keys()
+        try:
+            for place in self._directory.set_aside(names):
+                self._on_line(place.name, f"the directory of a shard that was removed is kept at {place}")
+        except StorageError as error:
+            self._on_line("removed", str(error))
 
     # --- Commands -----------------------------------------------------------------------------------------------------
 
-    def _shard_environment(self) -> dict[str, str]:
-        """Shards listen on this machine alone, so without a CA of the cluster's own they need no TLS."""
+    def _inner_environment(self) -> dict[str, str]:
+        """Of those that this machine alone can reach: without a CA of the cluster's own they need no TLS."""
         own_ca = self._environment.get("TOPK_TLS_CA")
         left_out = () if own_ca else ("TOPK_TLS_CERT", "TOPK_TLS_KEY")
         return {name: value for name, value in self._environment.items() if name not in left_out}
 
-    def _shard_command(self, shard_id: str) -> list[str]:
+    def _shard_command(self, shard_id: str, number: int) -> list[str]:
         # What must not come from the environment is said on the command line: a TOPK_LISTEN there is meant for others.
         return [
-            *self._role_command("shard", "127.0.0.1:0", len(self.shards) + 1),
-            *("--shard-id", shard_id, "--data-dir", str(self._data_dir / shard_id), "--advertise", ""),
+            *self._role_command("shard", "127.0.0.1:0", number),
+            *("--shard-id", shard_id, "--data-dir", str(self._directory.of_shard(shard_id)), "--advertise", ""),
         ]
-
-    def _gateway_command(self) -> list[str]:
-        return self._role_command("gateway", self.address, 0)
 
     def _role_command(self, role: str, listen: str, number: int) -> list[str]:
         metrics_port = self._metrics_port + number if self._metrics_port else 0
         return [
-            *(sys.executable, "-m", "topk_grpc", role, "--topology", self._topology_url()),
+            *(sys.executable, "-m", "topk_grpc", role, "--topology", self._directory.topology_url),
             *("--listen", listen, "--health-port", "0", "--metrics-port", str(metrics_port), "--exit-with-stdin"),
         ]
-
-
-def _new_topology(shard_ids: Sequence[str]) -> Topology:
-    settings = ClusterSettings()
-    return Topology(
-        cluster_id=uuid.uuid4().hex,
-        epoch=_EPOCH_FIRST,
-        settings=settings,
-        shards=tuple(ShardInfo(shard_id) for shard_id in sorted(shard_ids)),
-        owners=_sorted_owners(shard_ids, settings),
-        secret=secrets.token_hex(32),
-    )
-
-
-def _sorted_owners(shard_ids: Sequence[str], settings: ClusterSettings) -> tuple[int, ...]:
-    # A topology lists its shards by name ("shard-10" before "shard-2"), and owners are places in that list.
-    return plan_owners(settings.partitioner, sorted(shard_ids), settings.slots)
 
 
 def _free_port(host: str, port: int) -> int:

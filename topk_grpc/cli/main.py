@@ -19,7 +19,7 @@ from topk_grpc._version import VERSION
 from topk_grpc.cli import settings
 from topk_grpc.cli.failures import fail
 from topk_grpc.cli.reach import Reach, with_reach
-from topk_grpc.config import GatewaySettings, ShardSettings
+from topk_grpc.config import ControllerSettings, GatewaySettings, ShardSettings
 from topk_grpc.errors import TopKError
 
 app: Final = typer.Typer(
@@ -126,8 +126,16 @@ def _run_gateway(role: GatewaySettings) -> None:
     run_gateway(role)
 
 
+def _run_controller(role: ControllerSettings) -> None:
+    """Run a controller: has slots moved when shards join or drain. Of several one works, the others stand by."""
+    from topk_grpc.cli.serve import run_controller
+
+    run_controller(role)
+
+
 app.command("shard")(settings.command_from(ShardSettings, _run_shard))
 app.command("gateway")(settings.command_from(GatewaySettings, _run_gateway))
+app.command("controller")(settings.command_from(ControllerSettings, _run_controller))
 
 
 # --- Plays in ---------------------------------------------------------------------------------------------------------
@@ -271,13 +279,107 @@ def charts(gateway: Reach = UNREACHED, json: Json = False) -> None:
     run_charts(gateway, json)
 
 
+# --- The cluster ------------------------------------------------------------------------------------------------------
+
+Wait = Annotated[
+    bool, typer.Option("--wait/--no-wait", help="Watch until the slots have moved. Ctrl-C ends that, not the moves.")
+]
+
+
 @cluster_app.command()
 @with_reach
 def status(gateway: Reach = UNREACHED, json: Json = False) -> None:
-    """Show the shards: where they are, what they own and hold."""
-    from topk_grpc.cli.queries import run_status
+    """Show the shards: where they are, what they own and hold, and what moves between them."""
+    from topk_grpc.cli.status import run_status
 
     run_status(gateway, json)
+
+
+@cluster_app.command("add")
+@with_reach
+def add_shards(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[SHARD…]", help="Names of the new shards.", show_default=False)
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="How many to add instead, named shard-N.", show_default="1 without names"),
+    ] = None,
+    wait: Wait = True,
+    gateway: Reach = UNREACHED,
+    json: Json = False,
+) -> None:
+    """Add shards to the running cluster: they get their share of the slots as soon as they have started.
+
+    `topk up` starts their processes by itself; elsewhere start `topk shard` under these names. A shard that drains is
+    kept after all.
+    """
+    from topk_grpc.cli.cluster import run_add
+
+    if names and shards is not None:
+        raise typer.BadParameter("names are given and --shards too: give one of them")
+    run_add(names or [], 0 if names else shards or 1, gateway, wait=wait, as_json=json)
+
+
+@cluster_app.command("drain")
+@with_reach
+def drain_shards(
+    names: Annotated[list[str], typer.Argument(metavar="SHARD…", help="The shards to empty.")],
+    wait: Wait = True,
+    gateway: Reach = UNREACHED,
+    json: Json = False,
+) -> None:
+    """Move everything that shards hold to the others, while all of them serve. They can then be removed."""
+    from topk_grpc.cli.cluster import run_drain
+
+    run_drain(names, gateway, wait=wait, as_json=json)
+
+
+@cluster_app.command("remove")
+@with_reach
+def remove_shard(
+    name: Annotated[str, typer.Argument(metavar="SHARD", help="The shard, drained.")],
+    gateway: Reach = UNREACHED,
+    json: Json = False,
+) -> None:
+    """Take a drained shard out of the cluster."""
+    from topk_grpc.cli.cluster import run_remove
+
+    run_remove(name, gateway, as_json=json)
+
+
+@cluster_app.command()
+@with_reach
+def rebalance(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would move, and how much of that has to.")
+    ] = False,
+    wait: Wait = True,
+    gateway: Reach = UNREACHED,
+    json: Json = False,
+) -> None:
+    """Plan anew who owns what, and move it: evens out what earlier changes have left."""
+    from topk_grpc.cli.cluster import run_rebalance
+
+    run_rebalance(gateway, dry_run=dry_run, wait=wait, as_json=json)
+
+
+@cluster_app.command()
+@with_reach
+def pause(gateway: Reach = UNREACHED, json: Json = False) -> None:
+    """Let no further slot move, until `topk cluster resume`. What is on its way arrives."""
+    from topk_grpc.cli.cluster import run_pause
+
+    run_pause(gateway, pause=True, as_json=json)
+
+
+@cluster_app.command()
+@with_reach
+def resume(gateway: Reach = UNREACHED, json: Json = False) -> None:
+    """Let slots move again."""
+    from topk_grpc.cli.cluster import run_pause
+
+    run_pause(gateway, pause=False, as_json=json)
 
 
 @cluster_app.command("delete-song")
@@ -454,7 +556,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the generated stream.")] = 1,
 ) -> None:
-    """Show the whole story in a minute: a cluster, a stream, a kill -9 in the middle, and every count checked."""
+    """Show the whole story in a minute: a cluster, a stream, a shard that joins and is killed, every count checked."""
     from topk_grpc.cli.demo import run
 
     raise typer.Exit(run(seconds=seconds, shards=shards, songs=songs, seed=seed))

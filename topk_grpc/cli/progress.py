@@ -53,6 +53,11 @@ class Progress:
             transient=True,
         )
 
+    @property
+    def shown(self) -> bool:
+        """Whether there is a terminal to show bars on."""
+        return self._console.is_terminal
+
     def __enter__(self) -> Self:
         self._bars.start()
         return self

@@ -1,4 +1,4 @@
-"""`topk top`, `rank`, `charts` and `cluster status`: ask once, print a table or JSON."""
+"""`topk top`, `rank` and `charts`: ask once, print a table or JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,9 +16,6 @@ from topk_grpc.cli.reach import Reach, unreachable
 from topk_grpc.client import TopKClient
 from topk_grpc.errors import UnavailableError
 from topk_grpc.model import Answer, Bounds, Certificate, ChartHistory, Entry, SongsAnswer, SongStanding, format_time
-
-if TYPE_CHECKING:
-    from topk_grpc.pb.topk.v1.topk_service_pb2 import DescribeClusterResponse
 
 Result = TypeVar("Result")
 
@@ -66,7 +63,7 @@ def run_top(query: Query, k: int, history_panes: int = 0) -> None:
         lambda client: client.top_k(query.window, k, history_panes=history_panes, **query.arguments),
     )
     if query.json:
-        _print_json(answer_as_json(answer))
+        print_json(answer_as_json(answer))
         return
     console = Console()
     console.print(_title(query, answer.bounds), highlight=False, soft_wrap=True)
@@ -80,7 +77,7 @@ def run_rank(query: Query, song_ids: Sequence[str], neighbours: int) -> None:
         query.gateway, lambda client: client.songs(song_ids, query.window, neighbours=neighbours, **query.arguments)
     )
     if query.json:
-        _print_json(songs_as_json(answer))
+        print_json(songs_as_json(answer))
         return
     console = Console()
     console.print(_title(query, answer.bounds), highlight=False, soft_wrap=True)
@@ -102,7 +99,7 @@ def run_charts(gateway: Reach, as_json: bool) -> None:
     """Prints the charts."""
     charts = ask(gateway, lambda client: client.charts())
     if as_json:
-        _print_json({"charts": [asdict(chart) for chart in charts]})
+        print_json({"charts": [asdict(chart) for chart in charts]})
         return
     table = Table()
     table.add_column("chart")
@@ -111,39 +108,6 @@ def run_charts(gateway: Reach, as_json: bool) -> None:
     for chart in charts:
         table.add_row(escape(chart.chart), f"{chart.total_plays:,}", f"{chart.distinct_songs:,}")
     Console().print(table)
-
-
-def run_status(gateway: Reach, as_json: bool) -> None:
-    """Prints the shards."""
-    cluster = ask(gateway, lambda client: client.describe())
-    if as_json:
-        _print_json(status_as_json(cluster))
-        return
-    console = Console()
-    title = f"cluster {cluster.cluster_id}, epoch {cluster.epoch}, {cluster.slots:,} slots by {cluster.partitioner}"
-    console.print(title, highlight=False, soft_wrap=True)
-    table = Table()
-    table.add_column("shard")
-    table.add_column("address", no_wrap=True)
-    for name in ("slots", "plays", "songs", "entries", "memory", "newest play"):
-        table.add_column(name, justify="right", overflow="fold")
-    for shard in cluster.shards:
-        held = (
-            f"{shard.total_plays:,}",
-            f"{shard.songs:,}",
-            f"{shard.entries:,}",
-            f"{shard.memory_bytes / (1 << 20):,.1f} MiB",
-            format_time(shard.newest_event_ms) if shard.newest_event_ms else "–",
-        )
-        unknown = ("does not answer", "", "", "", "")
-        table.add_row(
-            shard.shard_id,
-            shard.address or "–",
-            f"{shard.slots:,}",
-            *(held if shard.reachable else unknown),
-            style=None if shard.reachable else "red",
-        )
-    console.print(table)
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
@@ -202,7 +166,8 @@ def certificate_line(certificate: Certificate) -> str:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def print_json(value: dict[str, Any]) -> None:
+    """Prints what `--json` asks for."""
     print(json.dumps(value, ensure_ascii=False))  # noqa: T201
 
 
@@ -222,22 +187,6 @@ def songs_as_json(answer: SongsAnswer) -> dict[str, Any]:
         "certificate": _certificate(answer.certificate),
         "songs": [_standing(song) for song in answer.songs],
     }
-
-
-def status_as_json(cluster: DescribeClusterResponse) -> dict[str, Any]:
-    """The message's fields by their names."""
-    from google.protobuf.json_format import MessageToDict
-
-    # MessageToDict writes 64-bit integers as texts, as JSON mappings of protobuf have to; here they are numbers.
-    value = MessageToDict(cluster, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-    texts = {"cluster_id", "partitioner", "gateway_version", "shard_id", "address"}
-
-    def numbers(fields: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: int(each) if isinstance(each, str) and name not in texts else each for name, each in fields.items()
-        }
-
-    return numbers(value) | {"shards": [numbers(shard) for shard in value["shards"]]}
 
 
 def _window(bounds: Bounds | None) -> dict[str, int | None]:

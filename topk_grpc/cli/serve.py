@@ -1,4 +1,4 @@
-"""`topk shard` and `topk gateway`: one role in this process."""
+"""`topk shard`, `topk gateway` and `topk controller`: one role in this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import uvloop
 
 from topk_grpc import kernels
 from topk_grpc.cli.failures import FINAL, FINAL_ERRORS, fail
-from topk_grpc.config import GatewaySettings, ShardSettings
+from topk_grpc.config import ControllerSettings, GatewaySettings, ShardSettings
 
 if TYPE_CHECKING:
     from topk_grpc.storage import Files
@@ -50,6 +50,17 @@ def run_gateway(settings: GatewaySettings) -> None:
         TopKError: it cannot start, or cannot go on.
     """
     from topk_grpc.gateway.server import serve
+
+    _run(serve(settings))
+
+
+def run_controller(settings: ControllerSettings) -> None:
+    """Runs a controller until it is told to stop.
+
+    Raises:
+        TopKError: it cannot start, or cannot go on.
+    """
+    from topk_grpc.controller.server import serve
 
     _run(serve(settings))
 

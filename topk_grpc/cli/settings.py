@@ -12,14 +12,30 @@ from typing import Any, Final
 
 import typer
 
-from topk_grpc.config import GatewaySettings, ServerSettings, SettingInfo, ShardSettings, describe
+from topk_grpc.config import (
+    ControllerSettings,
+    GatewaySettings,
+    ServerSettings,
+    SettingInfo,
+    ShardSettings,
+    describe,
+)
 from topk_grpc.errors import SettingError
 
 STORE: Final = ("etcd_ca", "etcd_cert", "etcd_key", "etcd_user", "etcd_password_file")
 """Settings of the way to a topology store."""
 
+ROLES: Final[Mapping[str, type]] = {
+    "topk shard": ShardSettings,
+    "topk gateway": GatewaySettings,
+    "topk controller": ControllerSettings,
+}
+"""The settings of each role, by its command."""
+
 OWNED_BY_UP: Final = frozenset(
-    {"topology", "listen", "health_port", "metrics_port", "exit_with_stdin", "shard_id", "data_dir", "advertise"}
+    {"topology", "listen", "health_port", "metrics_port", "exit_with_stdin"}
+    | {"shard_id", "data_dir", "advertise", "join"}
+    | {"create_shards", "shard_prefix"}
     | {"topology_wait_seconds", *STORE}
 )
 """Settings that `topk up` decides for its children, or has no use for: its topology is a file."""
@@ -49,9 +65,9 @@ def command_from(settings_class: type, run: Callable[[Any], None]) -> Callable[.
 
 
 def tunables() -> list[SettingInfo]:
-    """What `topk up` passes on to its children: the settings of both roles that it does not decide itself."""
+    """What `topk up` passes on to its children: the settings of all roles that it does not decide itself."""
     found: dict[str, SettingInfo] = {}
-    for settings_class in (ShardSettings, GatewaySettings):
+    for settings_class in ROLES.values():
         for info in describe(settings_class):
             if info.name not in OWNED_BY_UP:
                 found.setdefault(info.name, info)
@@ -142,22 +158,21 @@ def _give_signature(function: Callable[..., None], parameters: Iterable[inspect.
 
 # --- docs/settings.md -------------------------------------------------------------------------------------------------
 
-_ROLES: Final[Mapping[str, type]] = {"topk shard": ShardSettings, "topk gateway": GatewaySettings}
-
 _HEAD: Final = """\
 # Settings
 
 <!-- Written from topk_grpc/config.py by `python -m topk_grpc.cli.settings > docs/settings.md`; a test compares. -->
 
-Every setting is a flag and an environment variable; the flag wins. `topk up` takes those of its shards and its gateway
-that it does not decide itself (addresses, names and directories) in the same two ways and hands them on.
+Every setting is a flag and an environment variable; the flag wins. `topk up` takes those of its shards, its gateway
+and its controller that it does not decide itself (addresses, names and directories) in the same two ways and hands them
+on.
 """
 
 
 def markdown() -> str:
     """The text of docs/settings.md."""
     parts = [_HEAD]
-    for command, settings_class in _ROLES.items():
+    for command, settings_class in ROLES.items():
         parts.append(f"\n## {command}\n\n| flag | variable | default | unit | range | what it does |\n{'|---' * 6}|\n")
         parts.extend(_row(info) for info in describe(settings_class))
     return "".join(parts)

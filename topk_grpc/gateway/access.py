@@ -42,7 +42,18 @@ ROLES_OF_METHODS: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         f"{_V1}ListCharts": frozenset({QUERY}),
         # Producers ask it too, for the limits of batches.
         f"{_V1}DescribeCluster": _ANY,
-        "/topk.v1.ClusterAdminService/DeleteSong": frozenset({ADMIN}),
+        **{
+            f"/topk.v1.ClusterAdminService/{method}": frozenset({ADMIN})
+            for method in (
+                "DeleteSong",
+                "AddShards",
+                "DrainShards",
+                "RemoveShard",
+                "Rebalance",
+                "PauseMoves",
+                "ResumeMoves",
+            )
+        },
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY,
     }
 )

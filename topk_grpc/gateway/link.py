@@ -25,7 +25,7 @@ from typing import Any, Final
 import grpc
 
 from topk_grpc.config import GatewaySettings
-from topk_grpc.errors import DeadlineError, InvalidArgumentError, ResourceExhaustedError, TopKError
+from topk_grpc.errors import DeadlineError, InvalidArgumentError, ResourceExhaustedError, TopKError, UnavailableError
 from topk_grpc.kernels.encode import varint
 from topk_grpc.model import ShardInfo
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
@@ -254,6 +254,13 @@ class ShardLink:
             self._under_way.clear()
 
     async def close(self) -> None:
-        """Ends the stream; parts that wait are left to their callers' deadlines."""
+        """Ends the stream; the clients of parts without an answer are told to send them again."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        self._put_back()
+        failure = UnavailableError(f"{self._shard.shard_id} is gone from here: send the batch again, it counts once")
+        while self._waiting:
+            part = self._waiting.popleft()
+            if not part.outcome.done():
+                part.outcome.set_exception(failure)
+                part.outcome.exception()  # of a batch's parts only the first to fail is asked

@@ -8,7 +8,7 @@ topology, from the same bytes, until the time is up.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import DeadlineError, InvalidArgumentError, ProducerExpiredError
-from topk_grpc.gateway.link import Part, ShardLink
+from topk_grpc.gateway.link import Part
+from topk_grpc.gateway.links import ShardLinks
 from topk_grpc.gateway.rates import RateLimits
 from topk_grpc.gateway.rejects import SHARD_REASONS, reject_messages
 from topk_grpc.gateway.routing import Routing, RoutingWatch
@@ -63,10 +64,10 @@ class Recorder:
     Args:
         settings: the gateway's.
         watch: follows the topology.
-        links: to the shards, by shard_id; kept up to date by its owner.
+        links: to the shards; kept up to date by its owner.
     """
 
-    def __init__(self, settings: GatewaySettings, watch: RoutingWatch, links: Mapping[str, ShardLink]) -> None:
+    def __init__(self, settings: GatewaySettings, watch: RoutingWatch, links: ShardLinks) -> None:
         self._settings = settings
         self._watch = watch
         self._links = links

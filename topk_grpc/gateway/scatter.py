@@ -74,10 +74,10 @@ class ShardQueries:
         self._channels: dict[str, tuple[tuple[str, int], grpc.aio.Channel]] = {}
         self._closing: set[asyncio.Task[None]] = set()  # channels being closed
 
-    def _drop(self, shard: ShardInfo, channel: grpc.aio.Channel) -> None:
+    def _drop(self, shard_id: str, channel: grpc.aio.Channel) -> None:
         """Lets the calls on a channel come to their end; the next call opens another one."""
-        if self._channels.get(shard.shard_id, (None, None))[1] is channel:
-            del self._channels[shard.shard_id]
+        if self._channels.get(shard_id, (None, None))[1] is channel:
+            del self._channels[shard_id]
             task = asyncio.create_task(channel.close(self._settings.query_seconds))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
@@ -87,7 +87,7 @@ class ShardQueries:
         wanted = (shard.address, self._shards.generation)
         if channel is None or opened_for != wanted:
             if channel is not None:
-                self._drop(shard, channel)
+                self._drop(shard.shard_id, channel)
             # Asking again is the caller's: gRPC's own retries hide why, and hold up those that go without the shard.
             channel = self._shards.open(shard.address, options=[("grpc.enable_retries", 0)])
             self._channels[shard.shard_id] = (wanted, channel)
@@ -111,8 +111,13 @@ class ShardQueries:
             if isinstance(failure, DeadlineError) and seconds >= self._settings.query_seconds / 2:
                 # The shard may be slow, or the connection dead without a word, which keepalive takes long to find out:
                 # a new connection is cheap.
-                self._drop(shard, channel)
+                self._drop(shard.shard_id, channel)
             raise failure from error
+
+    def keep_only(self, topology: Topology) -> None:
+        """Lets go of shards that are not in the cluster any more."""
+        for gone in self._channels.keys() - {shard.shard_id for shard in topology.shards}:
+            self._drop(gone, self._channels[gone][1])
 
     async def close(self) -> None:
         """Closes all connections."""

@@ -10,7 +10,8 @@ from topk_grpc.config import GatewaySettings, is_loopback
 from topk_grpc.errors import SettingError
 from topk_grpc.gateway.access import TokenGate
 from topk_grpc.gateway.admin import ADMIN_SERVICE, ClusterAdminService
-from topk_grpc.gateway.link import ShardLink
+from topk_grpc.gateway.description import ClusterDescriber
+from topk_grpc.gateway.links import ShardLinks
 from topk_grpc.gateway.queries import Queries
 from topk_grpc.gateway.recorder import Recorder
 from topk_grpc.gateway.routing import RoutingWatch
@@ -89,25 +90,21 @@ async def _serve(
     servers.append(server)
     await health.register(server)
     address = await bind(server, settings.listen, credentials=startup.credentials_of(settings, settings.tls_client_ca))
-    links = {shard.shard_id: ShardLink(settings, channels, shard) for shard in topology.shards}
+    links = ShardLinks(settings, channels, topology)
+    shard_queries = ShardQueries(settings, channels)
 
     def follow(changed: Topology) -> None:
-        for shard in changed.shards:
-            if shard.shard_id in links:
-                links[shard.shard_id].move(shard)
-            else:
-                links[shard.shard_id] = ShardLink(settings, channels, shard)
+        links.follow(changed)
+        shard_queries.keep_only(changed)
 
     watch = RoutingWatch(store, topology, follow)
     following = asyncio.create_task(gate.follow(access.recheck)) if gate is not None and access is not None else None
-    shard_queries = ShardQueries(settings, channels)
     try:
         service = TopKService(
             settings,
-            watch,
             Recorder(settings, watch, links),
             Queries(settings, topology.settings.resolution_ms, Scatter(settings, watch, shard_queries)),
-            shard_queries,
+            ClusterDescriber(settings, watch, shard_queries, store),
             stop.event,
         )
         pb_grpc.add_TopKServiceServicer_to_server(service, server)
@@ -117,7 +114,8 @@ async def _serve(
             stream_stream={"StreamPlays": service.stream_plays},
             unary_unary={"RecordPlays": service.record_plays},
         )
-        add_ClusterAdminServiceServicer_to_server(ClusterAdminService(settings, watch, shard_queries), server)
+        admin = ClusterAdminService(settings, watch, shard_queries, store)
+        add_ClusterAdminServiceServicer_to_server(admin, server)
         add_reflection(server, [SERVICE, ADMIN_SERVICE])
         await server.start()
         await health.set(ready=True)
@@ -131,7 +129,7 @@ async def _serve(
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
         await watch.close()
-        await asyncio.gather(*(link.close() for link in links.values()), shard_queries.close())
+        await asyncio.gather(links.close(), shard_queries.close())
 
 
 def _warn_if_open(settings: GatewaySettings) -> None:

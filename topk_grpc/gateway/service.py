@@ -10,23 +10,16 @@ from typing import Any
 
 import grpc
 
-from topk_grpc._version import VERSION
 from topk_grpc.config import GatewaySettings
-from topk_grpc.errors import TopKError
+from topk_grpc.gateway.description import ClusterDescriber
 from topk_grpc.gateway.history import check_history, with_history
 from topk_grpc.gateway.queries import Queries
 from topk_grpc.gateway.recorder import Recorder
-from topk_grpc.gateway.routing import RoutingWatch
-from topk_grpc.gateway.scatter import ShardQueries
 from topk_grpc.gateway.watch import WatchHub, watch_query_from_pb
-from topk_grpc.model import ShardInfo, Topology
-from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
 from topk_grpc.rpc import convert
 from topk_grpc.rpc.streams import messages
-
-_DESCRIBE_SECONDS = 2.0
 
 _Base: Any = pb_grpc.TopKServiceServicer
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -37,27 +30,24 @@ class TopKService(_Base):  # type: ignore[misc]
 
     Args:
         settings: the gateway's.
-        watch: follows the topology.
         recorder: takes batches through.
         queries: answers queries.
-        shard_queries: asks single shards.
+        describer: tells of the cluster.
         drain: set when streams have to come to their end.
     """
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         settings: GatewaySettings,
-        watch: RoutingWatch,
         recorder: Recorder,
         queries: Queries,
-        shard_queries: ShardQueries,
+        describer: ClusterDescriber,
         drain: asyncio.Event,
     ) -> None:
         self._settings = settings
-        self._watch = watch
         self._recorder = recorder
         self._queries = queries
-        self._shard_queries = shard_queries
+        self._describer = describer
         self._drain = drain
         self._hub = WatchHub(settings, queries, drain)
 
@@ -167,44 +157,5 @@ class TopKService(_Base):  # type: ignore[misc]
         )
 
     async def DescribeCluster(self, request: pb.DescribeClusterRequest, context: Context) -> pb.DescribeClusterResponse:  # noqa: N802
-        """The shards, who owns what, and the settings."""
-        topology = self._watch.current.topology
-        shards = await self._describe_all(topology)
-        if not all(shard.reachable for shard in shards):
-            # A shard that has just started may be at another address than this gateway has heard of.
-            fresh = (await self._watch.refresh()).topology
-            if fresh.epoch > topology.epoch:
-                topology, shards = fresh, await self._describe_all(fresh)
-        return pb.DescribeClusterResponse(
-            cluster_id=topology.cluster_id,
-            epoch=topology.epoch,
-            slots=topology.settings.slots,
-            partitioner=topology.settings.partitioner,
-            resolution_ms=topology.settings.resolution_ms,
-            shards=shards,
-            gateway_version=VERSION,
-            k_max=self._settings.k_max,
-            batch_plays_max=self._settings.batch_plays_max,
-            message_bytes_max=self._settings.message_bytes_max,
-        )
-
-    async def _describe_all(self, topology: Topology) -> list[pb.ShardDescription]:
-        return await asyncio.gather(
-            *(self._describe(shard, len(topology.slots_of(shard.shard_id))) for shard in topology.shards)
-        )
-
-    async def _describe(self, shard: ShardInfo, slots: int) -> pb.ShardDescription:
-        described = pb.ShardDescription(shard_id=shard.shard_id, address=shard.address, slots=slots)
-        try:
-            answer = await self._shard_queries.ask(
-                shard, "DescribeShard", shard_pb.DescribeShardRequest(), _DESCRIBE_SECONDS
-            )
-        except TopKError:
-            return described
-        described.reachable = True
-        described.total_plays = answer.coverage.total_plays
-        described.songs = answer.songs
-        described.entries = answer.entries
-        described.newest_event_ms = answer.coverage.newest_event_ms
-        described.memory_bytes = answer.memory_bytes
-        return described
+        """The shards, who owns what, what moves, and the settings."""
+        return await self._describer.describe()

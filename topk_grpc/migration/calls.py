@@ -31,6 +31,10 @@ class Fetched:
 class ShardCalls(Protocol):
     """Each may be called again, with the same effect. All raise TopKError: as the shard said, or UnavailableError."""
 
+    async def probe(self, shard: ShardInfo, seconds: float) -> None:
+        """Returns when a shard has answered that it serves."""
+        ...
+
     async def freeze(self, source: ShardInfo, migration_id: int, seconds: float) -> None:
         """Has a source take no more plays of a migration's slots."""
         ...
@@ -54,6 +58,10 @@ class GrpcShardCalls:
     def __init__(self, channels: ShardChannels) -> None:
         self._channels = channels
         self._open: dict[str, tuple[tuple[str, int], grpc.aio.Channel]] = {}
+
+    async def probe(self, shard: ShardInfo, seconds: float) -> None:
+        """As `ShardCalls.probe`."""
+        await self._call(shard, "DescribeShard", pb.DescribeShardRequest(), seconds)
 
     async def freeze(self, source: ShardInfo, migration_id: int, seconds: float) -> None:
         """As `ShardCalls.freeze`."""

@@ -11,11 +11,10 @@ Shards may own slots from their first start on, until they are to drain.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from topk_grpc.errors import InvalidArgumentError
-from topk_grpc.model import ShardInfo, Topology
+from topk_grpc.errors import InvalidArgumentError, UnavailableError
+from topk_grpc.model import Topology
 from topk_grpc.ring.plan import load_max, plan_owners
 
 
@@ -38,6 +37,16 @@ def eligible(topology: Topology) -> tuple[str, ...]:
     return tuple(shard.shard_id for shard in topology.shards if shard.address and not shard.draining)
 
 
+def awaited(topology: Topology) -> tuple[str, ...]:
+    """The shards that own slots, or are to, and have never started: nothing is planned before they have come.
+
+    They may not own slots yet, but that is no reason to give theirs to others.
+    """
+    owning = sorted({*topology.owners, *topology.wanted})
+    shards = [topology.shards[owner] for owner in owning]
+    return tuple(shard.shard_id for shard in shards if not shard.address and not shard.draining)
+
+
 def planned(topology: Topology, *, anew: bool = False) -> Topology:
     """The topology with a plan for the shards that may own slots; the same one if it has that already.
 
@@ -47,10 +56,13 @@ def planned(topology: Topology, *, anew: bool = False) -> Topology:
 
     Raises:
         InvalidArgumentError: no shard may own slots, or more than there are slots.
+        UnavailableError: a shard that owns slots has never started.
     """
     names = eligible(topology)
     if not names:
         raise InvalidArgumentError("no shard is left that may own slots: start one, or let one drain no more")
+    if waits_for := awaited(topology):
+        raise UnavailableError(f"{', '.join(waits_for)} has not started yet: start it, then plan again")
     ids = [shard.shard_id for shard in topology.shards]
     current = topology.wanted or topology.owners
     if {ids[owner] for owner in current} == set(names) and not anew:
@@ -59,7 +71,9 @@ def planned(topology: Topology, *, anew: bool = False) -> Topology:
     wanted = plan_owners(settings.partitioner, names, settings.slots, [ids[owner] for owner in current])
     place = {name: index for index, name in enumerate(ids)}
     owners = tuple(place[names[owner]] for owner in wanted)
-    return topology if owners == current else replace(topology, epoch=topology.epoch + 1, wanted=owners)
+    if owners == current:
+        return topology
+    return replace(topology, epoch=topology.epoch + 1, wanted=owners, longest_stall_ms=0)
 
 
 def moves_left(topology: Topology) -> list[Move]:
@@ -93,46 +107,3 @@ def fewest(topology: Topology) -> int:
     over = out + sum(max(0, load[name] - bound) for name in names)
     joins = sum(mean for name in names if not load[name])
     return max(over, joins)
-
-
-# --- Members ----------------------------------------------------------------------------------------------------------
-
-
-def with_shard(topology: Topology, shard: ShardInfo) -> Topology:
-    """The topology with one more shard, which owns nothing, or with a known one as it is now."""
-    others = [each for each in topology.shards if each.shard_id != shard.shard_id]
-    return _with_shards(topology, [*others, shard])
-
-
-def without_shard(topology: Topology, shard_id: str) -> Topology:
-    """The topology without a shard.
-
-    Raises:
-        InvalidArgumentError: it owns slots, or is to; or a migration concerns it; or there is none of that name.
-    """
-    shard = topology.shard(shard_id)
-    if shard is None:
-        raise InvalidArgumentError(f"the cluster has no shard {shard_id!r}")
-    index = topology.shards.index(shard)
-    owned = sum(owner == index for owner in topology.owners)
-    if owned or index in topology.wanted:
-        raise InvalidArgumentError(
-            f"{shard_id} owns {owned} slots, or is to own some: drain it, and wait until its slots have moved"
-        )
-    if any(shard_id in {one.source, one.target} for one in topology.migrations):
-        raise InvalidArgumentError(f"a migration of {shard_id} is not settled yet: wait for it")
-    return _with_shards(topology, [each for each in topology.shards if each is not shard])
-
-
-def _with_shards(topology: Topology, shards: Iterable[ShardInfo]) -> Topology:
-    # Owners are places among the shards, which stand by name: they shift.
-    ordered = tuple(sorted(shards, key=lambda shard: shard.shard_id))
-    place = {shard.shard_id: index for index, shard in enumerate(ordered)}
-    ids = [shard.shard_id for shard in topology.shards]
-    return replace(
-        topology,
-        epoch=topology.epoch + 1,
-        shards=ordered,
-        owners=tuple(place[ids[owner]] for owner in topology.owners),
-        wanted=tuple(place[ids[owner]] for owner in topology.wanted),
-    )

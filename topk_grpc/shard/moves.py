@@ -30,6 +30,7 @@ from topk_grpc.errors import (
     TopologyConflictError,
     UnavailableError,
 )
+from topk_grpc.migration.members import ShardState, state_of
 from topk_grpc.migration.records import Event, advance
 from topk_grpc.model import Migration, MigrationState, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
@@ -63,6 +64,7 @@ class ShardMoves:
         self._settings = settings
         self._newest: Topology | None = None
         self._held_since: dict[int, float] = {}
+        self._said = ""
         self._turn = asyncio.Lock()
         self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._keep_looking())]
 
@@ -145,6 +147,7 @@ class ShardMoves:
 
     async def _look(self, topology: Topology) -> None:
         """Settles what is decided, and aborts what has taken too long."""
+        self._say_place(topology)
         held = await self._owner.read(lambda core: list(core.state.ownership.held.values()))
         self._held_since = {one.migration_id: self._held_since.get(one.migration_id, time.monotonic()) for one in held}
         for one in held:
@@ -153,6 +156,20 @@ class ShardMoves:
                 await self._settle(one, committed=committed)
             elif not one.incoming and self._waited(one) >= self._settings.frozen_seconds_max:
                 await self._abort(one, topology)
+
+    def _say_place(self, topology: Topology) -> None:
+        """Says when this shard drains, is drained, or has been removed."""
+        known = topology.shard(self._shard_id) is not None
+        place = state_of(topology, self._shard_id) if known else "removed"
+        before, self._said = self._said, place
+        if place == before:
+            return
+        if place == ShardState.DRAINING:
+            log.event("draining", slots=len(topology.slots_of(self._shard_id)))
+        elif place == ShardState.DRAINED:
+            log.event("drained", next=f"it can be removed: topk cluster remove {self._shard_id}")
+        elif place == "removed" and before:
+            log.warning("removed_from_cluster", remedy="stop this process: it serves nobody any more")
 
     def _waited(self, held: Held) -> float:
         return time.monotonic() - self._held_since[held.migration_id]

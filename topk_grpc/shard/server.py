@@ -10,6 +10,8 @@ import grpc
 
 from topk_grpc.config import ShardSettings
 from topk_grpc.errors import TopKError, TopologyError
+from topk_grpc.migration.arrival import first_topology
+from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
 from topk_grpc.rpc import log, startup
 from topk_grpc.rpc.access import AccessInterceptor, ClusterGate
@@ -71,18 +73,45 @@ async def _serve(
     servers: list[grpc.aio.Server],
 ) -> None:
     health = Health()
-    servers += await startup.serve_health(settings, health)
+    servers += await startup.serve_health(settings, health)  # to wait for a topology, or to recover, is to live
     patience = StorePatience(settings.topology_wait_seconds, stop)
-    topology = await patience.wait_for(store.read)
-    info = find_shard(topology, settings.shard_id)
-    identity = Identity(topology.cluster_id, settings.shard_id)
-    core = ShardCore(settings, topology.settings, files)
-    check_directory(info, core.directory_id, settings.data_dir)
-    if not topology.secret:
+    topology = await _find_topology(settings, stop, store, patience)
+    if topology is None:
+        await asyncio.gather(*(each.stop(None) for each in servers))
+        return
+    await _serve_cluster(settings, stop, store, files, topology, health, servers, patience)
+
+
+async def _find_topology(
+    settings: ShardSettings, stop: StopRequest, store: TopologyStore, patience: StorePatience
+) -> Topology | None:
+    """The topology, which has a place for this shard, or will have; None: it was asked to stop before there was one."""
+    if settings.join:
+        topology = await first_topology(store, settings.topology, stop.event)
+    else:
+        topology = await patience.wait_for(store.read)
+        find_shard(topology, settings.shard_id)
+    if topology is not None and not topology.secret:
         raise TopologyError(
             f"the topology at {settings.topology} was made by an older release and has no secret for the cluster's"
             " parts to know each other by: start `topk up` on its data directory once, which gives it one"
         )
+    return topology
+
+
+async def _serve_cluster(  # noqa: PLR0917
+    settings: ShardSettings,
+    stop: StopRequest,
+    store: TopologyStore,
+    files: Files | None,
+    topology: Topology,
+    health: Health,
+    servers: list[grpc.aio.Server],
+    patience: StorePatience,
+) -> None:
+    identity = Identity(topology.cluster_id, settings.shard_id)
+    core = ShardCore(settings, topology.settings, files)
+    check_directory(topology.shard(settings.shard_id), core.directory_id, settings.data_dir)
     server = create_server(
         settings.message_bytes_max * 4,  # parts of several clients' messages travel together
         access=AccessInterceptor(ClusterGate(topology.secret)),
@@ -106,7 +135,7 @@ async def _serve(
     service.open(owner, moves)
     place = (settings.shard_id, settings.advertise or address, core.directory_id, settings.data_dir)
     try:
-        await patience.wait_for(lambda: register(store, *place))
+        await patience.wait_for(lambda: register(store, *place, join=settings.join))
         await health.set(ready=True)
         log.event(
             "ready", address=address, cluster=topology.cluster_id, songs=len(core.state.songs), position=core.position

@@ -5,7 +5,7 @@
      "shards": [{"shard_id": "shard-0", "address": "127.0.0.1:4711", "directory_id": "…", "draining": false}, …],
      "owners": [0, 1, 1, …],        the owner's index in shards, for each slot
      "wanted": [0, 1, 0, …],        the same, as it is to become; empty: as it is
-     "paused": false, "next_migration_id": 8,
+     "paused": false, "next_migration_id": 8, "moved_slots": 31, "longest_stall_ms": 84,
      "migrations": [{"migration_id": 7, "source": "shard-0", "target": "shard-1", "slots": [5, 9], "state": "moving"}]}
 
 Format 1 had no secret, format 2 nothing that moves. A reader knows every format up to its own. Members that it does not
@@ -73,6 +73,8 @@ def encode(topology: Topology) -> bytes:
         "wanted": topology.wanted,
         "paused": topology.paused,
         "next_migration_id": topology.next_migration_id,
+        "moved_slots": topology.moved_slots,
+        "longest_stall_ms": topology.longest_stall_ms,
         "migrations": [dataclasses.asdict(migration) for migration in topology.migrations],
     }
     # One line for each member: people read this file when something is wrong.
@@ -166,6 +168,8 @@ def decode(raw: bytes, where: str) -> Topology:
             next_migration_id=_take(members, "next_migration_id", int, 1),
             paused=_take(members, "paused", bool, default=False),
             wanted=tuple(_take({"wanted": owner}, "wanted", int) for owner in _take(members, "wanted", list, [])),
+            moved_slots=_take(members, "moved_slots", int, 0),
+            longest_stall_ms=_take(members, "longest_stall_ms", int, 0),
         )
         check(topology)
     except ValueError as error:  # InvalidArgumentError is one

@@ -1,0 +1,1 @@
+"""The role that sees shards come and go, and has slots moved."""
