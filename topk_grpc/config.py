@@ -130,7 +130,7 @@ class ServerSettings(_Checked):
     tls_cert: str = setting("", "path", "A PEM file with this server's certificate and what lies between it and its CA. With it the server speaks TLS. Read anew when it changes.")
     tls_key: str = setting("", "path", "A PEM file with the private key of --tls-cert, without a passphrase.")
     tls_ca: str = setting("", "path", "A PEM file with the CA of the cluster's own certificates. A shard with --tls-cert takes calls only from holders of a certificate signed by it; a gateway then speaks TLS with its shards, and trusts no other CA for them.")
-    plaintext: bool = setting(False, "", "Allow an address that other machines can reach without TLS: only where the network or a proxy in front keeps others out. Plays, answers and tokens can be read on the way.")
+    plaintext: bool = setting(False, "", "Allow an address that other machines can reach without TLS, and shards and an etcd on other machines: only where the network or a proxy in front keeps others out. Plays, answers, tokens and the cluster's secret can be read on the way.")
     handshake_seconds: float = setting(10.0, "s", "A connection that has not introduced itself (TLS, HTTP/2) after so long is closed.", 0.1, 3600)
     connection_idle_seconds: float = setting(900.0, "s", "A connection without a call for so long is closed; clients open it again when they need it.", 1, 86_400 * 7)
     drain_seconds: float = setting(10.0, "s", "On SIGTERM: how long streams may take to send the acknowledgements they owe; then they are cut, and clients resend.", 0.1, 600)

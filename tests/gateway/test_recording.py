@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from topk_grpc.errors import (
     ProducerExpiredError,
     ResourceExhaustedError,
 )
-from topk_grpc.gateway.routing import Routing
+from topk_grpc.gateway.routing import REFRESH_SECONDS, Routing
 from topk_grpc.model import COUNT_MAX, Play
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.rpc.status import from_rpc_error, is_retriable
@@ -506,6 +507,20 @@ async def test_a_query_finds_slots_at_a_shard_that_should_own_none(cluster: Clus
     answer = await gateway.stub.GetTopK(pb.GetTopKRequest(window=GLOBAL, k=100))
     assert answer.certificate.complete
     assert {entry.song_id: entry.count for entry in answer.entries} == dict.fromkeys([*COMMON_SONGS, "batch-1"], 1)
+
+
+async def test_a_store_that_hangs_holds_nobody_up_beyond_his_time(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cluster.begin(shards=2)
+    gateway = await cluster.gateway(query_seconds=2)
+    monkeypatch.setattr(cluster.store, "read", asyncio.Event().wait)
+    await cluster.shards[0].kill()
+    began = time.monotonic()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await gateway.stub.GetTopK(pb.GetTopKRequest(window=GLOBAL, k=1), timeout=30)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert time.monotonic() - began < 2 + 2 * REFRESH_SECONDS
 
 
 async def test_a_part_that_was_counted_before_its_slot_moved_makes_no_false_duplicate(cluster: Cluster) -> None:

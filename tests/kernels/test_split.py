@@ -113,7 +113,7 @@ play_lists = st.lists(
 
 
 @examples(200)
-@given(data=st.data(), plays=play_lists, resolution=st.sampled_from([1, 2, 7, 1000, 3_600_000]))
+@given(data=st.data(), plays=play_lists, resolution=st.sampled_from([1, 2, 7, 1000, 3_600_000, 1 << 33]))
 def test_parts_hold_every_play_once(kernels: Kernels, data: st.DataObject, plays: list[Play], resolution: int) -> None:
     shards = data.draw(st.integers(1, 4))
     slots = data.draw(st.sampled_from([1, 3, 8, 16]))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from rich.console import Console
 from rich.table import Table
@@ -68,21 +69,12 @@ def run_add(names: Sequence[str], count: int, gateway: Reach, *, wait: bool, as_
     """
     before = _moved_before(gateway)
     added = call(gateway, "AddShards", pb.AddShardsRequest(shard_ids=names, count=count))
-    shards, planned_epoch = list(added.shard_ids), 0
+    shards = list(added.shard_ids)
     listed = ", ".join(shards)
-
-    async def joined(cluster: DescribeClusterResponse) -> bool:
-        nonlocal planned_epoch
-        if any(enum_word(shard, "state") == "new" for shard in _named(cluster, shards)):
-            return False
-        if not planned_epoch:  # a controller may plan nothing by itself, and may just have done so
-            planned_epoch = (await call_async(gateway, "Rebalance", pb.RebalanceRequest())).epoch
-        return cluster.epoch >= planned_epoch and _is_quiet(cluster)
-
     if not wait:
         _say(as_json, {"shards": shards, "epoch": added.epoch}, f"{listed} added: slots follow once started")
         return
-    moved = asyncio.run(_watch(gateway, f"{listed} joins", joined, before, shards))
+    moved = asyncio.run(watch_joining(gateway, shards, before))
     _say(as_json, {"shards": shards} | moved.value(), f"{listed} joined: {moved.text()}")
 
 
@@ -200,12 +192,38 @@ def _moved_before(gateway: Reach) -> int:
     return ask(gateway, lambda client: client.describe()).slots_moved
 
 
-async def _watch(
+async def watch_joining(gateway: Reach, shards: Sequence[str], before: int, progress: Progress | None = None) -> Moved:
+    """Watches until new shards have started and have their slots.
+
+    Args:
+        gateway: whom to ask.
+        shards: their names.
+        before: how many slots had moved before they were added.
+        progress: where to show it; None: on stderr.
+
+    Raises:
+        TopKError: as `_watch`.
+    """
+    planned_epoch = 0
+
+    async def joined(cluster: DescribeClusterResponse) -> bool:
+        nonlocal planned_epoch
+        if any(enum_word(shard, "state") == "new" for shard in _named(cluster, shards)):
+            return False
+        if not planned_epoch:  # a controller may plan nothing by itself, and may just have done so
+            planned_epoch = (await call_async(gateway, "Rebalance", pb.RebalanceRequest())).epoch
+        return cluster.epoch >= planned_epoch and _is_quiet(cluster)
+
+    return await _watch(gateway, f"{', '.join(shards)} joins", joined, before, shards, progress)
+
+
+async def _watch(  # noqa: PLR0917
     gateway: Reach,
     title: str,
     done: Callable[[DescribeClusterResponse], Awaitable[bool]],
     before: int,
     starting: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Moved:
     """Looks at the cluster until it is as it is to be, and shows how far that is.
 
@@ -215,6 +233,7 @@ async def _watch(
         done: whether the cluster is as it is to be.
         before: how many slots had moved before.
         starting: shards that have to start first.
+        progress: where to show it; None: on stderr.
 
     Raises:
         TopKError: as `done`, or the gateway has not answered for too long.
@@ -222,8 +241,7 @@ async def _watch(
     began = heard = time.monotonic()
     stall_ms = 0
     async with gateway.client(deadline_seconds=_PATIENCE_SECONDS / 2) as client:
-        with Progress() as progress:
-            showing = _Showing(progress, title)
+        with Progress() if progress is None else nullcontext(progress) as shown, _Showing(shown, title) as showing:
             while True:
                 try:
                     cluster = await client.describe()
@@ -250,12 +268,18 @@ class _Showing:
         self._total = 0
         self._state = ""
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
     def show(self, moved: int, left: int, state: str) -> None:
         """Shows how many slots have moved, how many have not, and what they wait for."""
         total = moved + left
         if self._bar is None or total != self._total:  # another plan
-            if self._bar is not None:
-                self._bar.close()
+            self.__exit__()
             self._bar, self._total = self._progress.bar(self._title, total or None), total
         self._bar.update(moved, moved, state=state)
         if state != self._state and not self._progress.shown:

@@ -1,6 +1,8 @@
 """`topk demo`: the whole story in a minute, with nothing to prepare and nothing left behind.
- An embedded cluster on free ports takes a generated stream while this process counts along. In the middle a shard is
-killed with SIGKILL; the stream goes on, the shard comes back from its log, and at the end every count is compared.
+
+An embedded cluster on free ports takes a generated stream while this process counts along. On the way a shard joins and
+gets its share of what is counted already; then it is killed with SIGKILL. The stream goes on, the shard comes back from
+its log, and at the end every count is compared.
 How much is streamed follows from the time given: a machine, or a build without compiled kernels, that is a hundred
 times slower streams a hundred times less.
 """
@@ -21,20 +23,25 @@ import uvloop
 from rich.console import Console
 
 from topk_grpc import kernels
+from topk_grpc.cli.admin import call_async
+from topk_grpc.cli.cluster import watch_joining
 from topk_grpc.cli.embedded import EmbeddedCluster
 from topk_grpc.cli.progress import Bar, Progress
 from topk_grpc.cli.queries import certificate_line, top_table
+from topk_grpc.cli.reach import Reach
 from topk_grpc.cli.serve import SLOW_KERNELS
 from topk_grpc.cli.tally import Stream, Verdict, compare
 from topk_grpc.client import TopKClient
 from topk_grpc.errors import TopKError, UnavailableError
+from topk_grpc.pb.topk.v1.admin_service_pb2 import AddShardsRequest
 
 _SONGS_COMPILED: Final = 1_000_000
 _SONGS_PURE: Final = 30_000
 _ROUND_PLAYS: Final = 3  # plays in one round of the stream, times songs
 _BATCH_COMPILED: Final = 8192
 _BATCH_PURE: Final = 512
-_KILL_AT: Final = 0.4  # of the time
+_JOIN_AT: Final = 0.2  # of the time
+_KILL_AT: Final = 0.6
 _PATIENCE_SECONDS: Final = 120.0
 _LINES_KEPT: Final = 20
 _POLL_SECONDS: Final = 0.05
@@ -116,34 +123,34 @@ class _Demo:
         ) as client:
             with Progress(self._console) as progress:
                 kill = await self._stream(cluster, client, stream, progress)
-            await self._show(client, kill)
+            await self._show(client)
             began = time.monotonic()
             with Progress(self._console) as progress:
-                bar = progress.bar("4. Comparing every count", stream.charts)
+                bar = progress.bar("5. Comparing every count", stream.charts)
                 verdict = await compare(client, stream, self._seed, lambda done, _: bar.update(done, done * 10_000))
         self._print_verdict(verdict, kill, client, time.monotonic() - began)
         return not verdict.mistake_count
 
     async def _stream(self, cluster: EmbeddedCluster, client: TopKClient, stream: Stream, progress: Progress) -> _Kill:
-        """Streams for the time given, with a kill -9 in the middle."""
+        """Streams for the time given; on the way a shard joins and is killed."""
         self._say(
             f"2. A stream: {stream.songs:,} songs by Zipf's law in {stream.charts:,} chart(s); a play counts when the "
             "shard has it on disk (fdatasync)"
         )
         bar = progress.bar("   streaming", self._seconds)
         began = time.monotonic()
-        killing = asyncio.create_task(self._kill(cluster, client, progress))
+        happening = asyncio.create_task(self._happen(cluster, client, progress))
         try:
             await self._send(client, stream, bar, began)
             bar.update(self._seconds, client.stats.plays_accepted, state="waiting for the last acknowledgements")
             await client.flush()
             seconds = time.monotonic() - began
-            kill = await killing
+            kill = await happening
         finally:
-            killing.cancel()
+            happening.cancel()
         bar.close()
         plays = client.stats.plays_accepted
-        self._say(f"   {plays:,} plays in {seconds:.1f} s: {plays / seconds:,.0f} plays/s, the outage included")
+        self._say(f"   {plays:,} plays in {seconds:.1f} s: {plays / seconds:,.0f} plays/s, move and outage included")
         return kill
 
     async def _send(self, client: TopKClient, stream: Stream, bar: Bar, began: float) -> None:
@@ -159,15 +166,36 @@ class _Demo:
             )
             bar.update(elapsed, client.stats.plays_accepted)
 
-    async def _kill(self, cluster: EmbeddedCluster, client: TopKClient, progress: Progress) -> _Kill:
-        await asyncio.sleep(self._seconds * _KILL_AT)
-        shard_id = sorted(cluster.shards)[-1]
+    async def _happen(self, cluster: EmbeddedCluster, client: TopKClient, progress: Progress) -> _Kill:
+        """What the stream meets on its way."""
+        began = time.monotonic()
+        await asyncio.sleep(self._seconds * _JOIN_AT)
+        shard_id = await self._join(cluster, client, progress)
+        await asyncio.sleep(max(0.0, began + self._seconds * _KILL_AT - time.monotonic()))
+        return await self._kill(cluster, shard_id, client, progress)
+
+    async def _join(self, cluster: EmbeddedCluster, client: TopKClient, progress: Progress) -> str:
+        """Adds a shard, as `topk cluster add` does; returns when it has its share of the slots."""
+        gateway = Reach(cluster.address)
+        before = (await client.describe()).slots_moved
+        (shard_id,) = (await call_async(gateway, "AddShards", AddShardsRequest(count=1))).shard_ids
+        progress.note(f"3. topk cluster add: {shard_id} joins, and gets its share of what is counted already")
+        moved = await watch_joining(gateway, [shard_id], before, progress)
+        described = await client.describe()
+        plays = next(shard.total_plays for shard in described.shards if shard.shard_id == shard_id)
+        progress.note(
+            f"   {moved.slots:,} of {described.slots:,} slots are {shard_id}'s after {moved.seconds:.1f} s, with"
+            f" {plays:,} plays; the plays of no slot had to wait for longer than {moved.longest_stall_ms:,} ms"
+        )
+        return shard_id
+
+    async def _kill(self, cluster: EmbeddedCluster, shard_id: str, client: TopKClient, progress: Progress) -> _Kill:
         child = cluster.shards[shard_id]
         kill = _Kill(shard_id, child.pid or 0)
         began = time.monotonic()
         starts = child.starts
         child.kill()
-        progress.note(f"3. kill -9 {kill.pid}: {shard_id} is gone; the stream goes on, and waits where it has to")
+        progress.note(f"4. kill -9 {kill.pid}: {shard_id} is gone; the stream goes on, and waits where it has to")
         async with asyncio.timeout(_PATIENCE_SECONDS):
             while child.starts == starts or not await self._reachable(client, shard_id):  # noqa: ASYNC110
                 await asyncio.sleep(_POLL_SECONDS)
@@ -184,8 +212,7 @@ class _Demo:
             return any(shard.shard_id == shard_id and shard.reachable for shard in cluster.shards)
         return False
 
-    async def _show(self, client: TopKClient, kill: _Kill) -> None:
-        del kill
+    async def _show(self, client: TopKClient) -> None:
         began = time.perf_counter()
         answer = await client.top_k("global", 10)
         took_ms = (time.perf_counter() - began) * 1000
@@ -194,7 +221,7 @@ class _Demo:
         self._console.print(certificate_line(answer.certificate), soft_wrap=True, highlight=False)
 
     def _print_verdict(self, verdict: Verdict, kill: _Kill, client: TopKClient, seconds: float) -> None:
-        self._say(f"4. Compared with the generator's own tally in {seconds:.1f} s:")
+        self._say(f"5. Compared with the generator's own tally in {seconds:.1f} s:")
         for line in verdict.compared:
             self._say(f"   - {line}")
         stats = client.stats
@@ -211,7 +238,7 @@ class _Demo:
         down = f", back after {kill.down_seconds:.1f} s" if kill.down_seconds is not None else ""
         self._say(
             f"[bold green]PASS[/]: every one of {verdict.counts:,} counts is exact: {stats.plays_accepted:,} plays, "
-            f"none lost and none counted twice, with {kill.shard_id} killed in the middle{down}"
+            f"none lost and none counted twice, though {kill.shard_id} joined on the way and was killed{down}"
         )
 
     def _say(self, line: str) -> None:

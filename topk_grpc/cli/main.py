@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -404,11 +405,15 @@ ShardIds = Annotated[
 ]
 TopologyUrl = Annotated[
     str,
-    typer.Option(envvar="TOPK_TOPOLOGY", help="Where the topology is, for a shard that was not started by `topk up`."),
+    typer.Option(
+        envvar="TOPK_TOPOLOGY",
+        help="Where the topology is, file:PATH or etcd://…, for a shard that was not started by `topk up`.",
+    ),
 ]
 
 
-@app.command()
+@app.command("audit")
+@settings.with_store
 def audit(  # noqa: PLR0917  # typer makes options of them
     data_dir: DataDir,
     shard_id: ShardIds = None,
@@ -435,6 +440,8 @@ def audit(  # noqa: PLR0917  # typer makes options of them
         typer.Option("--plaintext", envvar="TOPK_PLAINTEXT", help="Also ask shards of other machines without TLS."),
     ] = False,
     json: Json = False,
+    *,
+    store: Mapping[str, Any],
 ) -> None:
     """Count everything anew from snapshots and log, and compare it with what the shards serve, while they serve.
 
@@ -442,7 +449,10 @@ def audit(  # noqa: PLR0917  # typer makes options of them
     """
     from topk_grpc.cli.audit import Request, run, run_repair
 
-    request = Request(data_dir, shard_id or [], topology, json, tls_ca, tls_cert, tls_key, plaintext)
+    reach = GatewaySettings(
+        topology=topology, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, plaintext=plaintext, **store
+    )
+    request = Request(data_dir, shard_id or [], reach, json)
     (run_repair if repair_tail else run)(request)
 
 
@@ -547,7 +557,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the generated stream.")] = 1,
 ) -> None:
-    """Show the whole story in a minute: a cluster, a stream, a kill -9 in the middle, and every count checked."""
+    """Show the whole story in a minute: a cluster, a stream, a shard that joins and is killed, every count checked."""
     from topk_grpc.cli.demo import run
 
     raise typer.Exit(run(seconds=seconds, shards=shards, songs=songs, seed=seed))

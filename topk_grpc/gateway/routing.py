@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from topk_grpc.errors import TopKError, UnavailableError
 from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.rpc import log
 from topk_grpc.topology.store import TopologyStore
+
+REFRESH_SECONDS: Final = 1.0
+"""How long a play or a query waits for the store, before it goes on with the last topology."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,8 +65,7 @@ class RoutingWatch:
         self._store = store
         self._on_change = on_change
         self.current = Routing.of(topology)
-        self._reading = asyncio.Lock()
-        self._reads = 0
+        self._reading: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._follow())
 
     async def _follow(self) -> None:
@@ -85,19 +88,21 @@ class RoutingWatch:
     async def refresh(self) -> Routing:
         """Reads the store now; the last known routing if it cannot be read.
 
-        Many may ask at once while slots move: those who wait share the next read.
+        Many may ask at once while slots move: they share one read. None waits for longer than REFRESH_SECONDS for it,
+        while it goes on and may find another way to the store.
         """
-        reads = self._reads
-        async with self._reading:
-            if self._reads == reads:  # else one has begun since, and has seen no less
-                self._reads += 1
-                try:
-                    self._take(await self._store.read())
-                except UnavailableError as error:  # the store is away, which it tells itself once
-                    log.debug("topology_unreadable", reason=str(error))
-                except TopKError as error:
-                    log.warning("topology_unreadable", error=error)
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read())
+        await asyncio.wait({self._reading}, timeout=REFRESH_SECONDS)
         return self.current
+
+    async def _read(self) -> None:
+        try:
+            self._take(await self._store.read())
+        except UnavailableError as error:  # the store is away, which it tells itself once
+            log.debug("topology_unreadable", reason=str(error))
+        except TopKError as error:
+            log.warning("topology_unreadable", error=error)
 
     def learn(self, shard_id: str, slots: Sequence[int], new_owners: Sequence[str]) -> bool:
         """Takes note of where slots have gone.
@@ -124,5 +129,7 @@ class RoutingWatch:
 
     async def close(self) -> None:
         """Stops following."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [self._task, *([] if self._reading is None else [self._reading])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
