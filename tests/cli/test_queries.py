@@ -155,7 +155,8 @@ def test_help_needs_none_of_the_heavy_imports(tmp_path: Path, run_topk: Any) -> 
 
 
 @pytest.mark.parametrize("command", ["top", "rank", "watch"])
-def test_help_shows_how_windows_are_written(command: str) -> None:
+def test_help_shows_how_windows_are_written(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     done = run_topk(command, "--help")
     assert done.returncode == 0, done.stderr
     shown = "".join(done.stdout.replace("│", " ").split())
