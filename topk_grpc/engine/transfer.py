@@ -91,8 +91,10 @@ def export_slots(state: ShardState, slots: Sequence[int]) -> bytes:
     charts, chart_places = _renumbered(len(state.charts), of_charts)
     in_global = np.zeros(len(entries[GLOBAL]), np.int32)
     boards = {
-        GLOBAL: _export_board(state, GLOBAL, entries[GLOBAL], in_global, song_places[entries[GLOBAL]]),
-        CHARTS: _export_board(state, CHARTS, charted, chart_places[of_charts] + np.int32(1), song_places[of_songs]),
+        GLOBAL: _export_board(state, GLOBAL, slots, entries[GLOBAL], in_global, song_places[entries[GLOBAL]]),
+        CHARTS: _export_board(
+            state, CHARTS, slots, charted, chart_places[of_charts] + np.int32(1), song_places[of_songs]
+        ),
     }
     producers, marks = _export_marks(state, wanted)
     song_ids, starts, sizes = _export_songs(state, songs)
@@ -137,9 +139,10 @@ def _export_songs(
     return table.arena[places].tobytes(), starts, sizes
 
 
-def _export_board(
+def _export_board(  # noqa: PLR0917
     state: ShardState,
     name: str,
+    slots: Sequence[int],
     entries: NDArray[np.int32],
     charts: NDArray[np.int32],
     songs: NDArray[np.int32],
@@ -154,14 +157,14 @@ def _export_board(
             sessions[window] = ImageSessions(
                 span.end, span.settled, held.astype(np.int32), columns, uncertain.astype(np.int32)
             )
-    return ImageBoard(charts, songs, counts, _export_cells(board, entries, state.roll_up), sessions)
+    return ImageBoard(charts, songs, counts, _export_cells(board, slots, entries, state.roll_up), sessions)
 
 
-def _export_cells(board: Board, entries: NDArray[np.int32], roll_up: RollUp) -> Cells:
+def _export_cells(board: Board, slots: Sequence[int], entries: NDArray[np.int32], roll_up: RollUp) -> Cells:
     """The entries' cells as a snapshot taken now would keep them, each entry under its place."""
     numbers = np.full(len(board), -1, np.int32)
     numbers[entries] = np.arange(len(entries), dtype=np.int32)
-    parts = list(board.cells.of_entries(numbers)) if len(entries) else []
+    parts = list(board.cells.of_entries(numbers, slots)) if len(entries) else []
     return merge(parts, roll_up) if parts else no_cells()
 
 
@@ -349,5 +352,5 @@ def drop_slots(state: ShardState, slots: Sequence[int]) -> None:
         slots: at least one.
     """
     wanted = chosen_slots(state, slots)
-    remove(state, entries_of(state, chosen_songs(state, wanted)))
+    remove(state, entries_of(state, chosen_songs(state, wanted)), slots)
     state.producers.forget_slots(wanted)

@@ -128,7 +128,7 @@ class ClusterAdminService(_Base):  # type: ignore[misc]
         """Changes the topology, says so, and goes by it from here on."""
         topology = await change(self._store, decide, "the change")
         log.event(event, epoch=topology.epoch, shards=list(shards), token=caller.get().name)
-        await self._watch.refresh()
+        self._watch.take(topology)
         return topology
 
     async def _mean_of(self, topology: Topology, shard_id: str) -> tuple[float, float]:

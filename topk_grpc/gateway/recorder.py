@@ -32,7 +32,7 @@ from topk_grpc.pb.topk.v1.play_pb2 import RejectedPlay
 from topk_grpc.rpc.access import caller
 
 PRODUCER_ID_BYTES_MAX = 128
-_REROUTE_SECONDS = 0.02
+_REROUTE_SECONDS = (0.02, 0.16)
 
 
 @dataclass(slots=True, eq=False)
@@ -189,6 +189,7 @@ class Recorder:
     async def _finish(self, batch: _Batch, parts: list[Part], stands_for: NDArray[np.int32], deadline: float) -> bytes:
         """Waits for all shards; sends again what went to the wrong ones."""
         try:
+            epoch, wait = -1, 0.0
             async with asyncio.timeout_at(deadline):
                 told = False
                 while True:
@@ -205,10 +206,14 @@ class Recorder:
                         return self._acknowledge(batch)
                     # Two shards may name each other until both have heard what became of a move: not twice at once.
                     told = known and not told
-                    if not told:
-                        await asyncio.sleep(_REROUTE_SECONDS)
-                        await self._watch.refresh()
-                    routing = self._watch.current
+                    if told:
+                        routing = self._watch.current
+                    else:
+                        # Where the slots move, the next epoch says more. If there is none for a while, a target may be
+                        # about to serve, or a source to go on with them.
+                        before, epoch = epoch, max(part.epoch for part in parts)
+                        wait = _REROUTE_SECONDS[0] if epoch > before else min(_REROUTE_SECONDS[1], 2 * wait)
+                        routing = await self._watch.newer(epoch, wait)
                     columns, _ = self._read(batch.raw)
                     parts, stands_for = await self._send(batch, columns, routing, routing.only(lost_slots), deadline)
                     # A slot that has moved may have counted it before, where nobody heard the answer.

@@ -194,8 +194,7 @@ class ShardService(_Base):  # type: ignore[misc]
     async def FreezeSlots(self, request: pb.FreezeSlotsRequest, context: Context) -> pb.FreezeSlotsResponse:  # noqa: N802
         """Freezes the slots of a migration."""
         self._check_addressee(context)
-        await self._moving.freeze(request.migration_id)
-        return pb.FreezeSlotsResponse()
+        return pb.FreezeSlotsResponse(seconds=await self._moving.freeze(request.migration_id))
 
     async def ExportSlots(  # noqa: N802
         self, request: pb.ExportSlotsRequest, context: Context
