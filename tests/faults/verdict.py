@@ -29,9 +29,11 @@ class Owners:
         return ~np.isin(self._of, [self._shards.index(shard) for shard in missing])
 
 
-def limited(to: NDArray[np.bool_], truth: Range) -> Range:
-    """What remains of a range when only some songs are asked for."""
-    return Range(np.where(to, truth.low, 0), np.where(to, truth.high, 0))
+def of_some(truth: Range, songs: NDArray[np.bool_] | None) -> Range:
+    """What remains of a range when only some songs are answered for; None: nobody knows which."""
+    if songs is None:
+        return Range(np.zeros_like(truth.low), truth.high)
+    return Range(np.where(songs, truth.low, 0), np.where(songs, truth.high, 0))
 
 
 def order_of(entries: Sequence[Entry], first_rank: int = 1) -> Iterator[str]:

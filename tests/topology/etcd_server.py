@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -37,13 +39,18 @@ class EtcdServer:
     Args:
         root: for its data and its log.
         tls: with it clients need a certificate.
+        host: the address that it serves at.
+        within: what runs a command where that address is (`ip netns exec NAME`).
     """
 
-    def __init__(self, root: Path, tls: Tls | None = None) -> None:
+    def __init__(
+        self, root: Path, tls: Tls | None = None, *, host: str = "127.0.0.1", within: Sequence[str] = ()
+    ) -> None:
         self._root = root
+        self._within = within
         self._tls = tls
         self._scheme = "http" if tls is None else "https"
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"{host}:{free_port()}"
         self._peer = f"http://127.0.0.1:{free_port()}"
         self._cluster = f"{root.name}={self._peer}"
         self._health = f"http://127.0.0.1:{free_port()}"
@@ -88,7 +95,7 @@ class EtcdServer:
         with (self._root / "etcd.log").open("ab") as log:
             environment = {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}
             self._process = subprocess.Popen(
-                [ETCD, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+                [*self._within, ETCD, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
             )
 
     def wait_healthy(self) -> None:
@@ -97,8 +104,13 @@ class EtcdServer:
     def _is_healthy(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, (self._root / "etcd.log").read_text()[-2000:]
+        url = f"{self._health}/health"
+        if self._within:
+            ask = f"import urllib.request as u; print(u.urlopen({url!r}, timeout=1).read())"
+            asked = subprocess.run([*self._within, sys.executable, "-c", ask], check=False, capture_output=True)
+            return b'"true"' in asked.stdout
         try:
-            with urllib.request.urlopen(f"{self._health}/health", timeout=1) as answer:
+            with urllib.request.urlopen(url, timeout=1) as answer:
                 return b'"true"' in answer.read()
         except OSError:
             return False

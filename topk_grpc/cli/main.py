@@ -41,7 +41,8 @@ Window = Annotated[
     typer.Option(
         "--window",
         "-w",
-        help="global, tumbling:SIZE[@OFFSET] (tumbling:1d, tumbling:7d@4d), sliding:SIZE[/SLIDE] (sliding:10m/1m, "
+        # What stands in brackets would be taken for markup.
+        help=r"global, tumbling:SIZE\[@OFFSET] (tumbling:1d, tumbling:7d@4d), sliding:SIZE\[/SLIDE] (sliding:10m/1m, "
         "sliding:10m), session:GAP (session:15m) or range:START..END.",
     ),
 ]

@@ -3,13 +3,18 @@
 Each answer says which slots it covers. Only disjoint answers that cover every slot are merged; while slots move two
 shards may both answer for one, or neither, and then all are asked again under a fresh topology. Where slots stay
 uncovered every shard is asked, also those that should own none: a slot may have gone there while the store is away.
+
+A partial answer may lack the slots of the shards that it names as missing, and no others. So where slots move beside a
+shard that is down, all are asked again as well; when the time is up, their owner is named too, if it has said nothing
+about others. An answer that covers nothing is left out in any case: its shard may be giving slots away, whose plays
+stand among all others until it has read that they are gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
@@ -144,7 +149,7 @@ class Scatter:
         Args:
             method: of ShardService.
             request: its message.
-            allow_partial: leave out shards that do not answer, and name them.
+            allow_partial: leave out shards that do not answer, or do not answer for their slots in time, and name them.
 
         Raises:
             UnavailableError: a shard does not answer, and `allow_partial` is not set.
@@ -155,6 +160,7 @@ class Scatter:
         routing = self._watch.current
         everybody = False
         told = ""
+        partial: Gathered[Any] | None = None
         again, again_max = _AGAIN_SECONDS
         while True:
             gathered, failures = await self._ask_all(routing, method, request, deadline, everybody=everybody)
@@ -163,14 +169,21 @@ class Scatter:
                 if isinstance(failure, InvalidArgumentError | ResourceExhaustedError):
                     raise failure
             problem = self._problem(gathered, failures)
-            if problem is None or (failures and allow_partial and not self._overlap(gathered)):
+            if problem is None:
                 return gathered
+            lacking = _owners_of_uncovered(gathered)
+            if allow_partial and failures and lacking <= failures.keys() and not self._overlap(gathered):
+                return replace(gathered, missing=tuple(sorted(failures)))
             # A shard that restarts, or a slot that moves, is back within moments: ask again as long as there is time.
             # The last time is too short for an answer: what was wrong before that says more.
             late = failures and all(isinstance(failure, DeadlineError) for failure in failures.values())
-            if problem is not None and not (told and late):
+            if not (told and late):
                 told = problem
+                whole = not self._overlap(gathered) and lacking.isdisjoint(gathered.answers)
+                partial = replace(gathered, missing=tuple(sorted(failures.keys() | lacking))) if whole else None
             if loop.time() + again >= deadline:
+                if allow_partial and partial is not None:
+                    return partial
                 raise UnavailableError(told)
             await asyncio.sleep(again)
             again = min(again_max, 2 * again)  # the others scan for nothing each time
@@ -194,7 +207,7 @@ class Scatter:
                     failures[shard.shard_id] = result
             elif isinstance(result, BaseException):
                 raise result
-            else:
+            elif _slots(result):
                 answers[shard.shard_id] = result
         return Gathered(routing.topology, answers, tuple(failures)), failures
 
@@ -228,6 +241,16 @@ def _raise_out_of_range(failures: Iterable[TopKError]) -> None:
         start_ms, end_ms = min(one.start_ms for one in refused), max(one.end_ms for one in refused)
         widest = max(refused, key=lambda one: one.end_ms - one.start_ms)
         raise OutOfRangeError(str(widest), start_ms, end_ms)
+
+
+def _owners_of_uncovered(gathered: Gathered[Any]) -> set[str]:
+    """The shards that ought to have answered for slots that no answer covers."""
+    covered = 0
+    for answer in gathered.answers.values():
+        covered |= _slots(answer)
+    topology = gathered.topology
+    owners = {owner for slot, owner in enumerate(topology.owners) if not covered >> slot & 1}
+    return {topology.shards[owner].shard_id for owner in owners}
 
 
 def _slots(answer: Covered) -> int:

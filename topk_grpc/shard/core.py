@@ -367,7 +367,7 @@ class ShardCore:
         ownership.freeze(migration_id, slots, target)
 
     def export(self, migration_id: int) -> bytes:
-        """The image of frozen slots. From here on queries are not answered from them.
+        """The image of frozen slots. From here on no queries are answered until the outcome is known.
 
         Raises:
             MigrationError: they are not frozen.
