@@ -202,6 +202,7 @@ class GatewaySettings(ServerSettings):
     pending_bytes_max: int = setting(64 << 20, "bytes", "What one gateway holds for one shard that is down or slow; then all streams with plays for it wait.", 1 << 16, 1 << 34)
     part_bytes_max: int = setting(1 << 20, "bytes", "Parts of batches for one shard travel together up to this size: few and large messages.", 1 << 10, 1 << 28)
     record_seconds: float = setting(15.0, "s", "How long a batch may wait for its shards; then its stream ends with DEADLINE_EXCEEDED and the client resends.", 0.1, 3600)
+    threshold_entries_max: int = setting(500_000, "entries", "With the partitioner round_robin, where a song's plays are spread over shards: the most songs of one shard that a query looks at, about 150 bytes each; one that would need more is refused with RESOURCE_EXHAUSTED.", 1, 1 << 30)
     query_seconds: float = setting(10.0, "s", "How long a query waits for a shard; then it fails with UNAVAILABLE, or is partial where that was asked for.", 0.1, 3600)
     allowed_lateness_seconds: float = setting(300.0, "s", "An answer is FINAL when the watermark has passed its end by this much.", 0, 86_400 * 366)
     stream_age_seconds: float = setting(1800.0, "s", "Streams end with OK after this time, up to a tenth earlier by chance, so that clients spread over new gateways.", 1, 86_400 * 7)

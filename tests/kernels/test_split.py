@@ -39,7 +39,7 @@ def split(
     columns = kernels.wire.decode_batch(data, spans, 128, 8, 64, len(plays))
     if hashes is None:
         hashes = kernels.hash.hash_strings(data, columns.song_starts, columns.song_sizes)
-    made = kernels.split.split_batch(data, columns, hashes, np.array(owners, np.int32), shards, resolution)
+    made = kernels.split.split_batch(data, columns, hashes, hashes, np.array(owners, np.int32), shards, resolution)
     header = kernels.encode.batch_header(b"p", 1, 0)
     parts = [shard_service_pb2.ShardBatch.FromString(header + bytes(part)) for part in made.parts]
     assert all(part.producer_id == "p" and part.sequence == 1 for part in parts)

@@ -52,6 +52,8 @@ class EmbeddedCluster:
         data_dir: Path,
         *,
         shards: int | None = None,
+        partitioner: str | None = None,
+        slots: int | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         metrics_port: int = 0,
@@ -63,6 +65,8 @@ class EmbeddedCluster:
         Args:
             data_dir: made if it does not exist.
             shards: how many; None: as many as the data directory has, `SHARDS_DEFAULT` in a new one.
+            partitioner, slots: what is fixed in a new cluster (model.ClusterSettings); None: as the data directory has,
+                the defaults in a new one.
             host: the gateway's address.
             port: the gateway's port, 0 for a free one.
             metrics_port: where the gateway serves metrics; the shards in their order on the ports after it. 0: nowhere.
@@ -71,6 +75,8 @@ class EmbeddedCluster:
         """
         self._data_dir = data_dir.absolute()
         self._shards_asked = shards
+        self._partitioner_asked = partitioner
+        self._slots_asked = slots
         self._host = host
         self._port = port
         self._metrics_port = metrics_port
@@ -93,7 +99,7 @@ class EmbeddedCluster:
         Raises:
             DirectoryInUseError: another `topk up` runs on it.
             ForeignDirectoryError: it holds something else.
-            SettingError: it has another number of shards.
+            SettingError: it has another number of shards, another partitioner or number of slots.
             AddressInUseError: the gateway's port is taken.
         """
         self._take_hold()
@@ -211,13 +217,30 @@ class EmbeddedCluster:
                     "or put topology.json back"
                 )
             shard_ids = tuple(f"shard-{index}" for index in range(self._shards_asked or SHARDS_DEFAULT))
-            topology = _new_topology(shard_ids)
+            topology = _new_topology(shard_ids, self._new_settings())
             await store.compare_and_set(topology)
             return topology
         finally:
             await store.close()
 
+    def _new_settings(self) -> ClusterSettings:
+        """What is fixed in a new cluster."""
+        defaults = ClusterSettings()
+        return ClusterSettings(
+            slots=self._slots_asked or defaults.slots, partitioner=self._partitioner_asked or defaults.partitioner
+        )
+
     def _check(self, topology: Topology) -> None:
+        fixed = topology.settings
+        for flag, asked, has in (
+            ("--partitioner", self._partitioner_asked, fixed.partitioner),
+            ("--slots", self._slots_asked, fixed.slots),
+        ):
+            if asked is not None and asked != has:
+                raise SettingError(
+                    f"{flag} is {asked}, but the cluster in {self._data_dir} was made with {has}, which is fixed: leave"
+                    f" {flag} out, or load the plays into a new data directory"
+                )
         present = len(topology.shards)
         if self._shards_asked is not None and self._shards_asked != present:
             raise SettingError(
@@ -254,8 +277,7 @@ class EmbeddedCluster:
         ]
 
 
-def _new_topology(shard_ids: Sequence[str]) -> Topology:
-    settings = ClusterSettings()
+def _new_topology(shard_ids: Sequence[str], settings: ClusterSettings) -> Topology:
     return Topology(
         cluster_id=uuid.uuid4().hex,
         epoch=_EPOCH_FIRST,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -33,6 +34,16 @@ app.add_typer(cluster_app, name="cluster")
 token_app: Final = typer.Typer(help="Tokens, which clients show to gateways.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
 
+
+class Partitioner(StrEnum):
+    """The names of ring/partitioners.py, which is not imported for them: it takes its time."""
+
+    RING = "ring"
+    MODULO = "modulo"
+    ROUND_ROBIN = "round_robin"
+
+
+SLOTS_MAX: Final = 65_536
 UNREACHED: Final = Reach()  # stands in the signatures; `with_reach` gives the real one
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Window = Annotated[
@@ -87,6 +98,22 @@ def up(  # noqa: PLR0917  # typer makes options of them
         int | None,
         typer.Option(min=1, max=256, help="Shard processes. Default: as the data directory has, or 2 in a new one."),
     ] = None,
+    partitioner: Annotated[
+        Partitioner | None,
+        typer.Option(
+            help="How a new cluster places plays; fixed from then on. ring is for production, the others are what it "
+            "is compared with. Default: as the data directory has, or ring in a new one.",
+        ),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=SLOTS_MAX,
+            help="How many slots a new cluster has, which bounds its shards; fixed from then on. Default: as the data "
+            "directory has, or 1024 in a new one.",
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="The gateway's port; 0 takes a free one.")] = 50050,
     host: Annotated[
         str, typer.Option(help="The address the gateway listens on. Others than this machine's own need TLS.")
@@ -108,7 +135,16 @@ def up(  # noqa: PLR0917  # typer makes options of them
     """
     from topk_grpc.cli.up import run
 
-    run(data_dir, shards=shards, host=host, port=port, metrics_port=metrics_port, environment=environment)
+    run(
+        data_dir,
+        shards=shards,
+        partitioner=partitioner.value if partitioner else None,
+        slots=slots,
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        environment=environment,
+    )
 
 
 def _run_shard(role: ShardSettings) -> None:

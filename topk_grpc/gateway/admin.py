@@ -16,6 +16,7 @@ from topk_grpc.kernels.hash import hash_strings
 from topk_grpc.pb.topk.v1 import admin_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import admin_service_pb2_grpc as pb_grpc
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
+from topk_grpc.ring.partitioners import partitioner_of
 
 ADMIN_SERVICE: Final = "topk.v1.ClusterAdminService"
 _AGAIN_SECONDS: Final = (0.05, 1.0)
@@ -42,6 +43,7 @@ class ClusterAdminService(_Base):  # type: ignore[misc]
         self, request: pb.ClusterAdminServiceDeleteSongRequest, context: Context
     ) -> pb.ClusterAdminServiceDeleteSongResponse:
         """Has the song's shard take its plays back; answers when that is on disk and applied."""
+        partitioner_of(self._watch.current.topology.settings.partitioner).require_whole_songs("deleting a song")
         song = request.song_id.encode()
         if not 0 < len(song) <= self._settings.song_id_bytes_max:
             raise InvalidArgumentError(

@@ -2,6 +2,10 @@
 
 Each answer says which slots it covers. Only disjoint answers that cover every slot are merged; while slots move two
 shards may both answer for one, or neither, and then all are asked again under a fresh topology.
+
+Where songs live in slots, the shards that own slots have all plays. Where they do not (ring/partitioners.py), every
+shard that has ever started may have some, and is asked. Whoever knows the owners of all slots knows these too: a shard
+gets its first plays with its first slots, and is not let go with plays.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from topk_grpc.gateway.routing import RoutingWatch
 from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
+from topk_grpc.ring.partitioners import Partitioner, partitioner_of
 from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.rpc.status import from_rpc_error
 
@@ -93,7 +98,7 @@ class ShardQueries:
         return channel
 
     async def ask(self, shard: ShardInfo, method: str, request: Any, seconds: float) -> Any:
-        """Asks one shard.
+        """Asks one shard; an answer in pages is put together.
 
         Raises:
             TopKError: as the shard said, or UnavailableError.
@@ -104,7 +109,7 @@ class ShardQueries:
         channel = self._channel(shard)
         try:
             call = getattr(pb_grpc.ShardServiceStub(channel), method)
-            return await call(request, timeout=max(seconds, 0.001), metadata=metadata)
+            return await _whole(call(request, timeout=max(seconds, 0.001), metadata=metadata))
         except grpc.RpcError as error:
             failure = from_rpc_error(error)
             if isinstance(failure, DeadlineError) and seconds >= self._settings.query_seconds / 2:
@@ -132,20 +137,29 @@ class Scatter:
         self._watch = watch
         self._queries = queries
 
-    async def gather(self, method: str, request: Any, *, allow_partial: bool) -> Gathered[Any]:
+    @property
+    def partitioner(self) -> Partitioner:
+        """The cluster's."""
+        return partitioner_of(self._watch.current.topology.settings.partitioner)
+
+    async def gather(
+        self, method: str, request: Any, *, allow_partial: bool, deadline: float | None = None
+    ) -> Gathered[Any]:
         """Asks until the answers are disjoint and whole, or the time is up.
 
         Args:
             method: of ShardService.
             request: its message.
             allow_partial: leave out shards that do not answer, and name them.
+            deadline: of the event loop's clock; None: `query_seconds` from now.
 
         Raises:
             UnavailableError: a shard does not answer, and `allow_partial` is not set.
             ResourceExhaustedError, InvalidArgumentError: as a shard said.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.query_seconds
+        if deadline is None:
+            deadline = loop.time() + self._settings.query_seconds
         topology = self._watch.current.topology
         told = ""
         again, again_max = _AGAIN_SECONDS
@@ -173,14 +187,13 @@ class Scatter:
         self, topology: Topology, method: str, request: Any, deadline: float
     ) -> tuple[Gathered[Any], dict[str, TopKError]]:
         seconds = deadline - asyncio.get_running_loop().time()
-        owners = set(topology.owners)
-        owning = [shard for index, shard in enumerate(topology.shards) if index in owners]
+        asked = self._shards_with_plays(topology)
         results = await asyncio.gather(
-            *(self._queries.ask(shard, method, request, seconds) for shard in owning), return_exceptions=True
+            *(self._queries.ask(shard, method, request, seconds) for shard in asked), return_exceptions=True
         )
         answers: dict[str, Any] = {}
         failures: dict[str, TopKError] = {}
-        for shard, result in zip(owning, results, strict=True):
+        for shard, result in zip(asked, results, strict=True):
             if isinstance(result, TopKError):
                 failures[shard.shard_id] = result
             elif isinstance(result, BaseException):
@@ -188,6 +201,12 @@ class Scatter:
             else:
                 answers[shard.shard_id] = result
         return Gathered(topology, answers, tuple(failures)), failures
+
+    def _shards_with_plays(self, topology: Topology) -> list[ShardInfo]:
+        owners, spread = set(topology.owners), not self.partitioner.whole_songs
+        return [
+            shard for index, shard in enumerate(topology.shards) if index in owners or (spread and shard.directory_id)
+        ]
 
     def _problem(self, gathered: Gathered[Any], failures: Mapping[str, TopKError]) -> str | None:
         if failures:
@@ -219,6 +238,16 @@ def _raise_out_of_range(failures: Iterable[TopKError]) -> None:
         start_ms, end_ms = min(one.start_ms for one in refused), max(one.end_ms for one in refused)
         widest = max(refused, key=lambda one: one.end_ms - one.start_ms)
         raise OutOfRangeError(str(widest), start_ms, end_ms)
+
+
+async def _whole(call: Any) -> Any:
+    """The answer of a call."""
+    if not isinstance(call, grpc.aio.UnaryStreamCall):
+        return await call
+    pages = [page async for page in call]
+    for page in pages[1:]:
+        pages[0].MergeFrom(page)
+    return pages[0]
 
 
 def _slots(answer: Covered) -> int:

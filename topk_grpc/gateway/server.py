@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 from topk_grpc.config import GatewaySettings, is_loopback
-from topk_grpc.errors import SettingError
 from topk_grpc.gateway.access import TokenGate
 from topk_grpc.gateway.admin import ADMIN_SERVICE, ClusterAdminService
 from topk_grpc.gateway.link import ShardLink
@@ -17,6 +16,7 @@ from topk_grpc.gateway.service import TopKService
 from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
 from topk_grpc.pb.topk.v1.admin_service_pb2_grpc import add_ClusterAdminServiceServicer_to_server
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.rpc import log, startup
 from topk_grpc.rpc.access import AccessInterceptor
 from topk_grpc.rpc.lifecycle import StopRequest, serve_until_stopped
@@ -35,7 +35,6 @@ from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.topology.store import TopologyStore, open_store
 
 SERVICE = "topk.v1.TopKService"
-_PARTITIONERS = ("ring", "modulo")
 
 
 async def serve(settings: GatewaySettings) -> None:
@@ -56,11 +55,7 @@ async def serve(settings: GatewaySettings) -> None:
 
 async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologyStore) -> None:
     topology = await store.read()
-    if topology.settings.partitioner not in _PARTITIONERS:
-        raise SettingError(
-            f"the cluster's partitioner is {topology.settings.partitioner!r}: this release knows"
-            f" {', '.join(_PARTITIONERS)}"
-        )
+    partitioner_of(topology.settings.partitioner)  # one that this release does not know is an error here
     gate = TokenGate(settings.tokens_file) if settings.tokens_file else None
     access = AccessInterceptor(gate) if gate is not None else None
     channels = ShardChannels(settings, topology.cluster_id, topology.secret)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from topk_grpc.errors import InvalidArgumentError
 from topk_grpc.model import ShardInfo, Topology
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.ring.plan import load_max, plan_owners
 
 
@@ -95,6 +96,15 @@ def fewest(topology: Topology) -> int:
     return max(over, joins)
 
 
+def check_drain(topology: Topology) -> None:
+    """Whether shards can be drained at all.
+
+    Raises:
+        UnsupportedError: they cannot: the slots of a shard would move, and what it has counted would stay there.
+    """
+    partitioner_of(topology.settings.partitioner).require_whole_songs("draining a shard")
+
+
 # --- Members ----------------------------------------------------------------------------------------------------------
 
 
@@ -109,10 +119,13 @@ def without_shard(topology: Topology, shard_id: str) -> Topology:
 
     Raises:
         InvalidArgumentError: it owns slots, or is to; or a migration concerns it; or there is none of that name.
+        UnsupportedError: it may have plays though it owns no slots.
     """
     shard = topology.shard(shard_id)
     if shard is None:
         raise InvalidArgumentError(f"the cluster has no shard {shard_id!r}")
+    if shard.directory_id:
+        check_drain(topology)
     index = topology.shards.index(shard)
     owned = sum(owner == index for owner in topology.owners)
     if owned or index in topology.wanted:

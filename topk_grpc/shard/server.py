@@ -11,6 +11,7 @@ import grpc
 from topk_grpc.config import ShardSettings
 from topk_grpc.errors import TopKError, TopologyError
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.rpc import log, startup
 from topk_grpc.rpc.access import AccessInterceptor, ClusterGate
 from topk_grpc.rpc.lifecycle import StopRequest, graceful_stop
@@ -61,6 +62,7 @@ async def serve(settings: ShardSettings, files: Files | None = None) -> None:
 
 async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStore, files: Files | None) -> None:
     topology = await store.read()
+    partitioner_of(topology.settings.partitioner)  # one that this release does not know is an error here
     info = find_shard(topology, settings.shard_id)
     identity = Identity(topology.cluster_id, settings.shard_id)
     core = ShardCore(settings, topology.settings, files)
