@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Final
 
 from uhashring import HashRing
@@ -36,19 +37,35 @@ LOAD_PERCENT_MAX: Final = 105
 _RING_SIZE: Final = 1 << 32
 
 
+# Neither depends on who else is there, and computing them is most of what a plan costs.
+
+
+@lru_cache(maxsize=512)
+def _points_of(shard_id: str) -> tuple[int, ...]:
+    """The points of a shard, ascending."""
+    ring = HashRing(nodes={shard_id: {"vnodes": VNODES, "weight": 1}}, hash_fn="ketama")
+    return tuple(sorted({key for key, _ in ring.get_points()}))
+
+
+@lru_cache(maxsize=4)
+def _places_of(slots: int) -> tuple[int, ...]:
+    """The place of each slot."""
+    ring = HashRing(nodes={}, hash_fn="ketama")
+    return tuple(ring.hashi(f"slot-{slot}") for slot in range(slots))
+
+
 class _Ring:
     """The points of the shards, and the places of the slots among them."""
 
     def __init__(self, shard_ids: Sequence[str], slots: int) -> None:
-        # Sorted: should two points fall together, the last name has it, whoever asks.
-        ring = HashRing(nodes={name: {"vnodes": VNODES, "weight": 1} for name in sorted(shard_ids)}, hash_fn="ketama")
-        points: list[tuple[int, str]] = sorted(set(ring.get_points()))
+        # By name: should two points fall together, the last name has it, whoever asks.
+        points = sorted({key: name for name in sorted(shard_ids) for key in _points_of(name)}.items())
         self._keys = [key for key, _ in points]
         self._names = [name for _, name in points]
         self._keys_of: dict[str, list[int]] = {name: [] for name in shard_ids}
         for key, name in points:
             self._keys_of[name].append(key)
-        self.places: list[int] = [ring.hashi(f"slot-{slot}") for slot in range(slots)]
+        self.places = _places_of(slots)
 
     def walk(self, slot: int) -> Iterator[str]:
         """The shards in the order that the slot meets their points; a shard comes once for each point."""
