@@ -60,6 +60,8 @@ PLAYS_DELAYED: Final = _counter("topk_plays_delayed_total", "plays", ("limit",),
 DELAY_SECONDS: Final = _counter("topk_rate_delay_seconds_total", "s", ("limit",), "How long these batches waited.")
 TOKENS: Final = _gauge("topk_tokens", "tokens", (), "Tokens in the tokens file as it was read last, expired ones included.")
 TOKENS_FILE_FAILED: Final = _gauge("topk_tokens_file_failed", "0 or 1", (), "1 while the tokens file cannot be used and the tokens before stay in force.")
+SHARD_QUERY_MESSAGES: Final = _counter("topk_shard_query_messages_total", "messages", ("method",), "Messages between a gateway and its shards for queries, in both directions, by the shards' method.")
+SHARD_QUERY_BYTES: Final = _counter("topk_shard_query_bytes_total", "bytes", ("method",), "Bytes of these messages, as protobuf.")
 # fmt: on
 
 

@@ -17,6 +17,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
+from topk_grpc import metrics
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import (
     DeadlineError,
@@ -109,7 +110,7 @@ class ShardQueries:
         channel = self._channel(shard)
         try:
             call = getattr(pb_grpc.ShardServiceStub(channel), method)
-            return await _whole(call(request, timeout=max(seconds, 0.001), metadata=metadata))
+            messages = await _messages(call(request, timeout=max(seconds, 0.001), metadata=metadata))
         except grpc.RpcError as error:
             failure = from_rpc_error(error)
             if isinstance(failure, DeadlineError) and seconds >= self._settings.query_seconds / 2:
@@ -117,6 +118,11 @@ class ShardQueries:
                 # a new connection is cheap.
                 self._drop(shard, channel)
             raise failure from error
+        metrics.SHARD_QUERY_MESSAGES.labels(method).inc(1 + len(messages))
+        metrics.SHARD_QUERY_BYTES.labels(method).inc(sum(message.ByteSize() for message in (request, *messages)))
+        for page in messages[1:]:
+            messages[0].MergeFrom(page)
+        return messages[0]
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -240,14 +246,9 @@ def _raise_out_of_range(failures: Iterable[TopKError]) -> None:
         raise OutOfRangeError(str(widest), start_ms, end_ms)
 
 
-async def _whole(call: Any) -> Any:
-    """The answer of a call."""
-    if not isinstance(call, grpc.aio.UnaryStreamCall):
-        return await call
-    pages = [page async for page in call]
-    for page in pages[1:]:
-        pages[0].MergeFrom(page)
-    return pages[0]
+async def _messages(call: Any) -> list[Any]:
+    """The answer of a call, in its messages; there is one at least."""
+    return [page async for page in call] if isinstance(call, grpc.aio.UnaryStreamCall) else [await call]
 
 
 def _slots(answer: Covered) -> int:
