@@ -139,12 +139,14 @@ def place(partitioner: str, traffic: Traffic, shards: int, slots: int) -> Placem
 GROWTH_SLOTS: Final = 1024
 
 
-def growth(partitioner: str, shards_max: int, slots: int = GROWTH_SLOTS) -> list[float]:
-    """The share of slots that move as shards join one after another: from 1 to 2 first, at last to `shards_max`."""
-    owners = _plan(partitioner, 1, slots)
-    shares = []
+def grow(partitioner: str, shards_max: int, slots: int = GROWTH_SLOTS) -> list[list[str]]:
+    """The owners of all slots with 1, 2, … shards, as they join one after another."""
+    history = [_plan(partitioner, 1, slots)]
     for shards in range(2, shards_max + 1):
-        grown = _plan(partitioner, shards, slots, owners)
-        shares.append(sum(one != other for one, other in zip(owners, grown, strict=True)) / slots)
-        owners = grown
-    return shares
+        history.append(_plan(partitioner, shards, slots, history[-1]))
+    return history
+
+
+def moved_share(before: Sequence[str], after: Sequence[str]) -> float:
+    """The share of slots that have another owner."""
+    return sum(one != other for one, other in zip(before, after, strict=True)) / len(before)
