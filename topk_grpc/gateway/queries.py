@@ -1,7 +1,7 @@
 """Queries over the whole cluster: bounds, scatter, merge, certificate.
 
 Where a song lives on one shard, the k best of the shards' k best are exact, and a song's rank is 1 plus how many
-entries stand before it on each shard. Where its plays are spread, the k best are found by thresholds (threshold.py),
+entries stand before it on each shard. Where its plays are spread, the k best are found by thresholds (spread.py),
 and what only a shard with a song's whole count could say is refused.
 
 Python orders strings by code point, which is the order of their UTF-8 bytes.
@@ -9,7 +9,6 @@ Python orders strings by code point, which is the order of their UTF-8 bytes.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,8 +17,8 @@ from typing import Any, Final, Literal, TypeVar
 from topk_grpc.config import GatewaySettings
 from topk_grpc.engine.windows import bounds_of, is_final
 from topk_grpc.errors import InvalidArgumentError, WindowError
-from topk_grpc.gateway import threshold
 from topk_grpc.gateway.scatter import Gathered, Scatter
+from topk_grpc.gateway.spread import best_spread
 from topk_grpc.model import (
     Answer,
     Bounds,
@@ -144,7 +143,7 @@ class Queries:
 
     async def _best(self, scope: pb.Scope, k: int, bounds: Bounds | None, *, allow_partial: bool) -> Answer:
         if not self._scatter.partitioner.whole_songs:
-            gathered, places = await self._best_spread(scope, k, allow_partial=allow_partial)
+            gathered, places = await best_spread(self._scatter, self._settings, scope, k, allow_partial=allow_partial)
             sessions: dict[str, Bounds] = {}
         else:
             gathered = await self._scatter.gather(
@@ -162,20 +161,6 @@ class Queries:
             for rank, (song_id, count) in enumerate(places, 1)
         )
         return Answer(bounds, certificate, entries)
-
-    async def _best_spread(
-        self, scope: pb.Scope, k: int, *, allow_partial: bool
-    ) -> tuple[Gathered[Any], Sequence[tuple[str, int]]]:
-        """The k best of songs that are spread over the shards: see threshold.py."""
-        deadline = asyncio.get_running_loop().time() + self._settings.query_seconds
-        search = threshold.Search(k)
-        while True:
-            method, request = _spread_request(scope, k, search.question, self._settings.threshold_entries_max)
-            gathered = await self._scatter.gather(method, request, allow_partial=allow_partial, deadline=deadline)
-            # Many entries may be merged: not on the event loop, where others wait.
-            places = await asyncio.to_thread(_take, search, k, list(gathered.answers.values()))
-            if places is not None:
-                return gathered, places
 
     async def songs(
         self,
@@ -271,29 +256,6 @@ def _scope(window: Window, chart: str, bounds: Bounds | None, *, live: bool) -> 
         if live and not isinstance(window, RangeWindow):
             scope.standing.CopyFrom(convert.window_to_pb(window))
     return scope
-
-
-def _spread_request(scope: pb.Scope, k: int, question: threshold.Question | None, entries_max: int) -> tuple[str, Any]:
-    """The method and the message that ask a shard."""
-    if question is None:
-        return "QueryTopK", pb.QueryTopKRequest(scope=scope, k=k)
-    return "QueryAtLeast", pb.QueryAtLeastRequest(
-        scope=scope, count_min=question.count_min, song_ids=question.named, entries_max=entries_max
-    )
-
-
-def _take(search: threshold.Search, k: int, answers: Sequence[Any]) -> Sequence[tuple[str, int]] | None:
-    """Brings the shards' answers into the search."""
-    question = search.question
-    if question is None:
-        alone = len(answers) == 1
-        return search.take([threshold.told_best(one.song_ids, one.counts, k, alone=alone) for one in answers])
-    told = []
-    for answer in answers:
-        counts = dict(zip(question.named, answer.asked_counts, strict=True))
-        counts.update(zip(answer.song_ids, answer.counts, strict=True))
-        told.append(threshold.Told(counts, question.count_min - 1))
-    return search.take(told)
 
 
 def _sessions(answers: Iterable[pb.QueryTopKResponse]) -> dict[str, Bounds]:
