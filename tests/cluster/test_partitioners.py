@@ -148,8 +148,11 @@ def test_a_data_directory_keeps_its_partitioner_and_slots(tmp_path: Path) -> Non
             assert "Traceback" not in refused.stderr
         cluster.start()
         assert entries_of(top_k(cluster.address)) == ranked(counts_of(1))
-    wrong = run_topk("up", "--data-dir", str(tmp_path / "new"), "--partitioner", "random")
-    assert wrong.returncode == 2
+    new = ("up", "--data-dir", str(tmp_path / "new"), "--port", "0")
+    assert run_topk(*new, "--partitioner", "random").returncode == 2
+    few = run_topk(*new, "--shards", "3", "--slots", "2")
+    assert few.returncode == 1
+    assert "3 shards cannot share 2 slots" in few.stderr
 
 
 # --- A shard joins ----------------------------------------------------------------------------------------------------
