@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
 import numpy as np
 import uvloop
 from rich.console import Console
@@ -40,6 +41,7 @@ from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.ring import PARTITIONERS
 from topk_grpc.rpc.connection import Connection
 from topk_grpc.rpc.shard_channels import ShardChannels
+from topk_grpc.rpc.status import from_rpc_error
 from topk_grpc.topology import open_store
 
 _OPEN: Final = {"TOPK_TLS_CERT": "", "TOPK_TLS_KEY": "", "TOPK_TOKENS_FILE": "", "TOPK_TLS_CLIENT_CA": ""}
@@ -141,6 +143,8 @@ async def _load(address: str, traffic: Traffic) -> None:
             answer = pb.RecordPlaysResponse.FromString(await record(raw, timeout=_PATIENCE_SECONDS))
             if answer.rejected or answer.duplicate:
                 raise UnavailableError(f"batch {answer.sequence} did not count as it was sent: {answer}")
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
         finally:
             room.release()
 
