@@ -38,7 +38,6 @@ from topk_grpc.engine.copies import Room, copied_bytes
 from topk_grpc.engine.deletion import Deleted, delete, owns, plays_of
 from topk_grpc.engine.moves import settle
 from topk_grpc.engine.slot_index import SlotIndex, index_slots
-from topk_grpc.engine.slot_totals import ROUND_ROBIN
 from topk_grpc.engine.soundness import check_standing
 from topk_grpc.engine.state import ShardState, check_settings
 from topk_grpc.engine.tiers import RollUp, Tier, parse_tiers
@@ -51,10 +50,12 @@ from topk_grpc.errors import (
     InvalidArgumentError,
     MigrationError,
     SettingError,
+    UnsupportedError,
     WindowError,
 )
 from topk_grpc.model import Bounds, ClusterSettings, GlobalWindow, RangeWindow, SessionWindow, Window, parse_window
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.storage import ADVICE, Block, DataDirectory, Files, Log, Recovery, Snapshot, recover
 
 APPEND: Final = 1
@@ -423,7 +424,7 @@ class ShardCore:
     def unindexed(self) -> list[Unindexed]:
         """The cells that are not indexed by slot yet, so that they can be, by any thread."""
         state = self.state
-        if state.settings.partitioner == ROUND_ROBIN:
+        if not partitioner_of(state.settings.partitioner).whole_songs:
             return []
         song_slots = state.slots_of_songs()
         return [
@@ -561,7 +562,9 @@ class ShardCore:
         for request in requests:
             try:
                 read = read_request(request)
-            except InvalidArgumentError as error:
+                if read.corrects:
+                    partitioner_of(self._cluster.partitioner).require_whole_songs("taking plays back")
+            except (InvalidArgumentError, UnsupportedError) as error:
                 outcomes.append(error)
                 continue
             if read.corrects and left:
