@@ -66,6 +66,8 @@ MIGRATIONS: Final = _counter("topk_migrations_total", "migrations", ("outcome",)
 SLOTS_MOVED: Final = _counter("topk_slots_moved_total", "slots", (), "Slots that this controller has moved.")
 SLOTS_LEFT: Final = _gauge("topk_slots_left", "slots", (), "Slots that have yet to move until the plan is reached, as the active controller saw it last.")
 LONGEST_STALL_SECONDS: Final = _gauge("topk_longest_stall_seconds", "s", (), "The longest that plays of a slot had to wait for one move of this controller's, aborted ones included.")
+SHARD_QUERY_MESSAGES: Final = _counter("topk_shard_query_messages_total", "messages", ("method",), "Messages between a gateway and its shards for queries, in both directions, by the shards' method.")
+SHARD_QUERY_BYTES: Final = _counter("topk_shard_query_bytes_total", "bytes", ("method",), "Bytes of these messages, as protobuf.")
 # fmt: on
 
 

@@ -10,12 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.processes import READY_SECONDS, Cluster, Server, ranked, run_topk, top_k, wait_for
+from tests.cluster.processes import READY_SECONDS, Cluster, Server, is_alive, ranked, run_topk, top_k, wait_for
 from topk_grpc.client import BlockingTopKClient
 from topk_grpc.errors import UnavailableError
 from topk_grpc.gateway.tokens import digest_of
@@ -59,6 +60,10 @@ class Producer:
             except UnavailableError:
                 assert time.monotonic() < until
         self._client.close()
+
+
+def is_gone(pid: int) -> bool:
+    return not is_alive(pid)
 
 
 @contextmanager
@@ -122,7 +127,7 @@ def test_shards_join_and_leave_under_load(elastic: Cluster) -> None:
         for name in ("shard-2", "shard-3"):
             pid = elastic.pid(name)
             topk(elastic, "cluster", "remove", name)
-            wait_for(lambda pid=pid: not Path(f"/proc/{pid}/cwd").exists(), READY_SECONDS, f"{name} is stopped")
+            wait_for(partial(is_gone, pid), READY_SECONDS, f"{name} is stopped")
         assert slots_of(elastic).keys() == {"shard-0", "shard-1"}
     check(elastic, producer)
     aside = elastic.data_dir / "removed.shards"
@@ -277,7 +282,7 @@ def roles(tmp_path: Path) -> Iterator[Roles]:
 def test_roles_find_together_in_any_order_and_the_next_controller_takes_over(roles: Roles) -> None:
     shards = {name: roles.shard(name, "--join") for name in ("node-0", "node-1")}
     for shard in shards.values():
-        wait_for(lambda shard=shard: shard.event("topology_awaited"), READY_SECONDS, "a shard waits for the topology")
+        wait_for(partial(shard.event, "topology_awaited"), READY_SECONDS, "a shard waits for the topology")
     first = roles.start("c0", "controller", "--create-shards", "2", "--shard-prefix", "node-", "--slots", "128")
     first.wait_ready()
     created = first.event("topology_created")

@@ -45,8 +45,9 @@ class Shards:
     async def probe(self, shard: ShardInfo, seconds: float) -> None:
         self._take("probe", shard)
 
-    async def freeze(self, source: ShardInfo, migration_id: int, seconds: float) -> None:
+    async def freeze(self, source: ShardInfo, migration_id: int, seconds: float) -> float:
         self._take("freeze", source)
+        return 0.0
 
     async def fetch(self, target: ShardInfo, migration_id: int, seconds: float) -> Fetched:
         self._take("fetch", target)

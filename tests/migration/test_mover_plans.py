@@ -25,8 +25,8 @@ class WillingShards:
     async def probe(self, shard: ShardInfo, seconds: float) -> None:
         pass
 
-    async def freeze(self, source: ShardInfo, migration_id: int, seconds: float) -> None:
-        pass
+    async def freeze(self, source: ShardInfo, migration_id: int, seconds: float) -> float:
+        return 0.0
 
     async def fetch(self, target: ShardInfo, migration_id: int, seconds: float) -> Fetched:
         return Fetched(0, 0)

@@ -178,6 +178,7 @@ class _Demo:
         """Adds a shard, as `topk cluster add` does; returns when it has its share of the slots."""
         gateway = Reach(cluster.address)
         before = (await client.describe()).slots_moved
+        shard_id: str
         (shard_id,) = (await call_async(gateway, "AddShards", AddShardsRequest(count=1))).shard_ids
         progress.note(f"3. topk cluster add: {shard_id} joins, and gets its share of what is counted already")
         moved = await watch_joining(gateway, [shard_id], before, progress)

@@ -10,7 +10,7 @@ all time first. So a play touches one cache line, whichever windows it counts in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -266,11 +266,12 @@ class Board:
         """Takes sessions in that stand at the same position: see `SessionSpan.join`."""
         span.join(settled, entries, columns, uncertain, self._entries, self._counter(span.ranking))
 
-    def remove(self, entries: NDArray[np.int32]) -> None:
+    def remove(self, entries: NDArray[np.int32], slots: Sequence[int] = ()) -> None:
         """Takes away all that some entries have; their cells cancel out when they are merged.
 
         Args:
             entries: each once, ascending.
+            slots: that they belong to, where these are known.
         """
         for ranking in self.rankings:
             counts = self._rows[entries, ranking.column]
@@ -280,7 +281,7 @@ class Board:
             session_span.forget(entries)
         numbers = np.full(self._entries, -1, np.int32)
         numbers[entries] = entries
-        for cells in list(self.cells.of_entries(numbers)):
+        for cells in list(self.cells.of_entries(numbers, slots)):
             self.cells.append(cells.buckets, cells.entries, -cells.counts)
 
     # --- Reading ------------------------------------------------------------------------------------------------------

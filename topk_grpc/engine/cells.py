@@ -23,6 +23,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from topk_grpc.engine.slot_index import SlotIndex
 from topk_grpc.engine.tiers import RollUp
 from topk_grpc.kernels.counters import select_cells, sum_cells
 from topk_grpc.kernels.sorting import pack_keys, sum_by_key, unpack_keys
@@ -32,6 +33,7 @@ CHUNK_CELLS: Final = 1 << 20
 BLOCK_CELLS: Final = 1 << 23
 """Blocks larger than this, 160 MB on disk, are never merged again."""
 
+_SCAN_ROWS: Final = 8  # picked out one by one a cell costs about so many times what it costs in passing
 _STEP_CELLS: Final = 1 << 20
 """So many cells are looked at together where some are picked out, which bounds what that takes in memory."""
 
@@ -202,6 +204,16 @@ def _smaller(gathered: int, blocks: Mapping[int, Cells]) -> dict[int, Cells]:
     return chosen
 
 
+def _numbered(cells: Cells, rows: NDArray[np.int32], numbers: NDArray[np.int32]) -> Cells:
+    """The cells in these rows under other numbers; those of entries whose number is -1 are left out."""
+    entries = numbers[cells.entries[rows]]
+    kept = entries >= 0
+    rows, entries = rows[kept], entries[kept]
+    buckets = cells.buckets[rows]
+    first, last = (int(buckets.min()), int(buckets.max())) if len(buckets) else (0, 0)
+    return Cells(buckets, entries, cells.counts[rows], first, last, ordered=False)
+
+
 class CellStore:
     """All cells of one board. One writer.
 
@@ -215,6 +227,7 @@ class CellStore:
         self._first = self._last = 0
         self._chunks: list[Cells] = []
         self._blocks: dict[int, Cells] = {}
+        self._indexes: dict[int, tuple[Cells, SlotIndex]] = {}  # by identity of the cells
         self.done: dict[int, tuple[int, ...]] = {}
 
     @staticmethod
@@ -270,22 +283,49 @@ class CellStore:
             if start < end and cells.first < end and cells.last >= start and len(piece := cells.within(start, end)):
                 yield piece
 
-    def of_entries(self, numbers: NDArray[np.int32]) -> Iterator[Cells]:
+    def of_entries(self, numbers: NDArray[np.int32], slots: Sequence[int] = ()) -> Iterator[Cells]:
         """All cells of some entries, in pieces, as they lie.
 
         Args:
             numbers: int32[entries]: for each entry of the board the number that its cells get; -1: leave them out.
+            slots: those that the entries belong to, where these are known: cells that are indexed by slot are found
+                without looking at all of them.
         """
-        room = np.empty(_STEP_CELLS, np.int64), np.empty(_STEP_CELLS, np.int32), np.empty(_STEP_CELLS, np.int64)
         for cells in list(self._all()):
-            for start in range(0, len(cells), _STEP_CELLS):
-                step = slice(start, start + _STEP_CELLS)
-                buckets, entries, counts = cells.buckets[step], cells.entries[step], cells.counts[step]
-                found = select_cells(buckets, entries, counts, numbers, *room, len(buckets))
-                if found:
-                    some = room[0][:found].copy()
-                    owners, plays = room[1][:found].copy(), room[2][:found].copy()
-                    yield Cells(some, owners, plays, int(some.min()), int(some.max()), ordered=False)
+            _, index = self._indexes.get(id(cells), (None, None))
+            rows = None if index is None or not len(slots) else index.rows(slots)
+            if rows is None or len(rows) * _SCAN_ROWS > len(cells):
+                yield from self._scan(cells, numbers)
+            elif len(piece := _numbered(cells, rows, numbers)):
+                yield piece
+
+    @staticmethod
+    def _scan(cells: Cells, numbers: NDArray[np.int32]) -> Iterator[Cells]:
+        room = np.empty(_STEP_CELLS, np.int64), np.empty(_STEP_CELLS, np.int32), np.empty(_STEP_CELLS, np.int64)
+        for start in range(0, len(cells), _STEP_CELLS):
+            step = slice(start, start + _STEP_CELLS)
+            buckets, entries, counts = cells.buckets[step], cells.entries[step], cells.counts[step]
+            found = select_cells(buckets, entries, counts, numbers, *room, len(buckets))
+            if found:
+                some = room[0][:found].copy()
+                owners, plays = room[1][:found].copy(), room[2][:found].copy()
+                yield Cells(some, owners, plays, int(some.min()), int(some.max()), ordered=False)
+
+    # --- By slot ------------------------------------------------------------------------------------------------------
+
+    def unindexed(self) -> list[Cells]:
+        """The closed chunks and the blocks that have no index yet."""
+        return [cells for cells in (*self._blocks.values(), *self._chunks) if id(cells) not in self._indexes]
+
+    def use_indexes(self, made: Sequence[tuple[Cells, SlotIndex]]) -> None:
+        """Finds the cells of slots by these indexes; those of chunks and blocks that are gone are let go."""
+        known = [*self._indexes.values(), *made]
+        present = {id(cells) for cells in (*self._blocks.values(), *self._chunks)}
+        self._indexes = {id(cells): (cells, index) for cells, index in known if id(cells) in present}
+
+    def forget_indexes(self) -> None:
+        """Lets go of all indexes."""
+        self._indexes = {}
 
     def sums(self, start: int, end: int, entries: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Each entry's plays in the buckets [start, end): entries, ascending, each once, and their sums, none 0.

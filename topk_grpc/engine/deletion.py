@@ -8,7 +8,7 @@ resend of a batch that had counted before a song was deleted does not bring its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,11 +49,11 @@ def entries_of(state: ShardState, songs: NDArray[np.bool_]) -> dict[str, NDArray
     return {name: some[state.boards[name].counts_of(some) > 0] for name, some in entries.items()}
 
 
-def remove(state: ShardState, entries: Mapping[str, NDArray[np.int32]]) -> None:
-    """Takes away all plays of some entries, given by board, as `entries_of` finds them."""
+def remove(state: ShardState, entries: Mapping[str, NDArray[np.int32]], slots: Sequence[int] = ()) -> None:
+    """Takes away all plays of some entries, given by board, as `entries_of` finds them; `slots`: as `Board.remove`."""
     for name, some in entries.items():
         if len(some):
-            state.boards[name].remove(some)
+            state.boards[name].remove(some, slots)
 
 
 def owns(state: ShardState, song_id: str) -> bool:

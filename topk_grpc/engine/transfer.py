@@ -25,8 +25,9 @@ finer than what either side still knows:
 Dropping takes all plays of the slots' entries back (deletion.py), forgets their marks, and the producers that have no
 others. The songs stay interned. Times, tiers and standing windows stay as they are.
 
-All of it is a function of the state and the image, with no clock: a shard logs the image and replays the import. Under
-the `round_robin` partitioner counts do not belong to slots: only producers and marks are moved and dropped.
+All of it is a function of the state and the image, with no clock: a shard logs the image and replays the import. Where
+a partitioner gives slots to batches (`round_robin`), counts belong to none: only producers and marks are moved and
+dropped.
 
 Rejected: handing over what a snapshot holds, by slot. Its columns are in the order of the source's numbers, so they
 would have to be renumbered by the target with the source's tables at hand; and cells would come in blocks of either
@@ -91,8 +92,10 @@ def export_slots(state: ShardState, slots: Sequence[int]) -> bytes:
     charts, chart_places = _renumbered(len(state.charts), of_charts)
     in_global = np.zeros(len(entries[GLOBAL]), np.int32)
     boards = {
-        GLOBAL: _export_board(state, GLOBAL, entries[GLOBAL], in_global, song_places[entries[GLOBAL]]),
-        CHARTS: _export_board(state, CHARTS, charted, chart_places[of_charts] + np.int32(1), song_places[of_songs]),
+        GLOBAL: _export_board(state, GLOBAL, slots, entries[GLOBAL], in_global, song_places[entries[GLOBAL]]),
+        CHARTS: _export_board(
+            state, CHARTS, slots, charted, chart_places[of_charts] + np.int32(1), song_places[of_songs]
+        ),
     }
     producers, marks = _export_marks(state, wanted)
     song_ids, starts, sizes = _export_songs(state, songs)
@@ -137,9 +140,10 @@ def _export_songs(
     return table.arena[places].tobytes(), starts, sizes
 
 
-def _export_board(
+def _export_board(  # noqa: PLR0917
     state: ShardState,
     name: str,
+    slots: Sequence[int],
     entries: NDArray[np.int32],
     charts: NDArray[np.int32],
     songs: NDArray[np.int32],
@@ -154,14 +158,14 @@ def _export_board(
             sessions[window] = ImageSessions(
                 span.end, span.settled, held.astype(np.int32), columns, uncertain.astype(np.int32)
             )
-    return ImageBoard(charts, songs, counts, _export_cells(board, entries, state.roll_up), sessions)
+    return ImageBoard(charts, songs, counts, _export_cells(board, slots, entries, state.roll_up), sessions)
 
 
-def _export_cells(board: Board, entries: NDArray[np.int32], roll_up: RollUp) -> Cells:
+def _export_cells(board: Board, slots: Sequence[int], entries: NDArray[np.int32], roll_up: RollUp) -> Cells:
     """The entries' cells as a snapshot taken now would keep them, each entry under its place."""
     numbers = np.full(len(board), -1, np.int32)
     numbers[entries] = np.arange(len(entries), dtype=np.int32)
-    parts = list(board.cells.of_entries(numbers)) if len(entries) else []
+    parts = list(board.cells.of_entries(numbers, slots)) if len(entries) else []
     return merge(parts, roll_up) if parts else no_cells()
 
 
@@ -349,5 +353,5 @@ def drop_slots(state: ShardState, slots: Sequence[int]) -> None:
         slots: at least one.
     """
     wanted = chosen_slots(state, slots)
-    remove(state, entries_of(state, chosen_songs(state, wanted)))
+    remove(state, entries_of(state, chosen_songs(state, wanted)), slots)
     state.producers.forget_slots(wanted)

@@ -25,14 +25,15 @@ from topk_grpc.gateway.routing import Routing, RoutingWatch
 from topk_grpc.kernels.encode import batch_header
 from topk_grpc.kernels.hash import hash_strings
 from topk_grpc.kernels.split import split_batch
-from topk_grpc.kernels.wire import REASONS, PlayColumns, decode_batch, message_spans
+from topk_grpc.kernels.wire import CORRECTION_UNSUPPORTED, REASONS, PlayColumns, decode_batch, message_spans
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1.play_pb2 import RejectedPlay
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.rpc.access import caller
 
 PRODUCER_ID_BYTES_MAX = 128
-_REROUTE_SECONDS = 0.02
+_REROUTE_SECONDS = (0.02, 0.16)
 
 
 @dataclass(slots=True, eq=False)
@@ -154,6 +155,8 @@ class Recorder:
             raise InvalidArgumentError(
                 f"first_sent_ms is {columns.first_sent_ms}: give milliseconds since the Unix epoch, or leave it out"
             )
+        if not partitioner_of(self._watch.current.topology.settings.partitioner).whole_songs:
+            columns.reasons[(columns.counts < 0) & (columns.reasons == 0)] = CORRECTION_UNSUPPORTED
         header = batch_header(producer_id, columns.sequence, columns.first_sent_ms)
         return columns, _Batch(raw, header, columns.count, columns.sequence, producer_id)
 
@@ -165,7 +168,9 @@ class Recorder:
             return [], np.empty(0, np.int32)
         topology = routing.topology
         hashes = hash_strings(batch.raw, columns.song_starts, columns.song_sizes)
-        split = split_batch(batch.raw, columns, hashes, owners, len(topology.shards), topology.settings.resolution_ms)
+        cluster = topology.settings
+        keys = partitioner_of(cluster.partitioner).slot_keys(hashes, batch.producer_id, batch.sequence, cluster.slots)
+        split = split_batch(batch.raw, columns, hashes, keys, owners, len(topology.shards), cluster.resolution_ms)
         loop = asyncio.get_running_loop()
         parts = []
         for shard, plays in zip(topology.shards, split.parts, strict=True):
@@ -189,6 +194,7 @@ class Recorder:
     async def _finish(self, batch: _Batch, parts: list[Part], stands_for: NDArray[np.int32], deadline: float) -> bytes:
         """Waits for all shards; sends again what went to the wrong ones."""
         try:
+            epoch, wait = -1, 0.0
             async with asyncio.timeout_at(deadline):
                 told = False
                 while True:
@@ -205,10 +211,14 @@ class Recorder:
                         return self._acknowledge(batch)
                     # Two shards may name each other until both have heard what became of a move: not twice at once.
                     told = known and not told
-                    if not told:
-                        await asyncio.sleep(_REROUTE_SECONDS)
-                        await self._watch.refresh()
-                    routing = self._watch.current
+                    if told:
+                        routing = self._watch.current
+                    else:
+                        # Where the slots move, the next epoch says more. If there is none for a while, a target may be
+                        # about to serve, or a source to go on with them.
+                        before, epoch = epoch, max(part.epoch for part in parts)
+                        wait = _REROUTE_SECONDS[0] if epoch > before else min(_REROUTE_SECONDS[1], 2 * wait)
+                        routing = await self._watch.newer(epoch, wait)
                     columns, _ = self._read(batch.raw)
                     parts, stands_for = await self._send(batch, columns, routing, routing.only(lost_slots), deadline)
                     # A slot that has moved may have counted it before, where nobody heard the answer.

@@ -1,15 +1,16 @@
 """Who owns what, as this gateway believes: the last topology seen, in the form the kernels want.
 
 A gateway may be behind. Shards tell it so: with the slots that a shard does not own it names the shards that they have
-gone to, as far as it knows, and `learn` follows it, also while the store is away. Where nobody is named `refresh` reads
-the topology again. What was learned holds until a newer topology is read.
+gone to, as far as it knows, and `learn` follows it, also while the store is away. Where nobody is named the topology is
+read again: once, at `refresh`, or again and again until it has changed, at `newer`, while slots move. However many
+wait, one read is under way at a time. What was learned holds until a newer topology is read.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -23,6 +24,8 @@ from topk_grpc.topology.store import TopologyStore
 
 REFRESH_SECONDS: Final = 1.0
 """How long a play or a query waits for the store, before it goes on with the last topology."""
+
+_LOOK_SECONDS: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +68,7 @@ class RoutingWatch:
         self._store = store
         self._on_change = on_change
         self.current = Routing.of(topology)
+        self._changed = asyncio.Event()  # of the epoch after the current one
         self._reading: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._follow())
 
@@ -73,15 +77,18 @@ class RoutingWatch:
             try:
                 async with aclosing(self._store.watch()) as topologies:
                     async for topology in topologies:
-                        self._take(topology)
+                        self.take(topology)
             except Exception as error:
                 # Routing goes on with the last topology; it is enough as long as nothing moves.
                 log.warning("topology_unreadable", error=error)
             await asyncio.sleep(1)
 
-    def _take(self, topology: Topology) -> None:
+    def take(self, topology: Topology) -> None:
+        """Goes by a topology that the store holds, unless a newer one is known."""
         if topology.epoch > self.current.topology.epoch:
             self.current = Routing.of(topology)
+            self._changed.set()
+            self._changed = asyncio.Event()
             log.event("topology_changed", epoch=topology.epoch)
             self._on_change(topology)
 
@@ -98,11 +105,24 @@ class RoutingWatch:
 
     async def _read(self) -> None:
         try:
-            self._take(await self._store.read())
+            self.take(await self._store.read())
         except UnavailableError as error:  # the store is away, which it tells itself once
             log.debug("topology_unreadable", reason=str(error))
         except TopKError as error:
             log.warning("topology_unreadable", error=error)
+
+    async def newer(self, epoch: int, seconds: float) -> Routing:
+        """The routing as soon as its epoch is above the one given, and after that many seconds as it is."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self.current.topology.epoch <= epoch:
+            changed = self._changed
+            await self.refresh()
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                break
+            with suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), min(left, _LOOK_SECONDS))
+        return self.current
 
     def learn(self, shard_id: str, slots: Sequence[int], new_owners: Sequence[str]) -> bool:
         """Takes note of where slots have gone.
@@ -129,7 +149,7 @@ class RoutingWatch:
 
     async def close(self) -> None:
         """Stops following."""
-        tasks = [self._task, *([] if self._reading is None else [self._reading])]
+        tasks = [task for task in (self._task, self._reading) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

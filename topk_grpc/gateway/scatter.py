@@ -8,6 +8,10 @@ A partial answer may lack the slots of the shards that it names as missing, and 
 shard that is down, all are asked again as well; when the time is up, their owner is named too, if it has said nothing
 about others. An answer that covers nothing is left out in any case: its shard may be giving slots away, whose plays
 stand among all others until it has read that they are gone.
+
+Where songs live in slots, the shards that own slots have all plays. Where they do not (ring/partitioners.py), every
+shard that has ever started may have some, and is asked. Whoever knows the owners of all slots knows these too: a shard
+gets its first plays with its first slots, and is not let go with plays.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
+from topk_grpc import metrics
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import (
     DeadlineError,
@@ -32,6 +37,7 @@ from topk_grpc.gateway.routing import Routing, RoutingWatch
 from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
+from topk_grpc.ring.partitioners import Partitioner, partitioner_of
 from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.rpc.status import from_rpc_error
 
@@ -99,7 +105,7 @@ class ShardQueries:
         return channel
 
     async def ask(self, shard: ShardInfo, method: str, request: Any, seconds: float) -> Any:
-        """Asks one shard.
+        """Asks one shard; an answer in pages is put together.
 
         Raises:
             TopKError: as the shard said, or UnavailableError.
@@ -110,7 +116,7 @@ class ShardQueries:
         channel = self._channel(shard)
         try:
             call = getattr(pb_grpc.ShardServiceStub(channel), method)
-            return await call(request, timeout=max(seconds, 0.001), metadata=metadata)
+            messages = await _messages(call(request, timeout=max(seconds, 0.001), metadata=metadata))
         except grpc.RpcError as error:
             failure = from_rpc_error(error)
             if isinstance(failure, DeadlineError) and seconds >= self._settings.query_seconds / 2:
@@ -118,6 +124,11 @@ class ShardQueries:
                 # a new connection is cheap.
                 self._drop(shard.shard_id, channel)
             raise failure from error
+        metrics.SHARD_QUERY_MESSAGES.labels(method).inc(1 + len(messages))
+        metrics.SHARD_QUERY_BYTES.labels(method).inc(sum(message.ByteSize() for message in (request, *messages)))
+        for page in messages[1:]:
+            messages[0].MergeFrom(page)
+        return messages[0]
 
     def keep_only(self, topology: Topology) -> None:
         """Lets go of shards that are not in the cluster any more."""
@@ -143,20 +154,29 @@ class Scatter:
         self._watch = watch
         self._queries = queries
 
-    async def gather(self, method: str, request: Any, *, allow_partial: bool) -> Gathered[Any]:
+    @property
+    def partitioner(self) -> Partitioner:
+        """The cluster's."""
+        return partitioner_of(self._watch.current.topology.settings.partitioner)
+
+    async def gather(
+        self, method: str, request: Any, *, allow_partial: bool, deadline: float | None = None
+    ) -> Gathered[Any]:
         """Asks until the answers are disjoint and whole, or the time is up.
 
         Args:
             method: of ShardService.
             request: its message.
             allow_partial: leave out shards that do not answer, or do not answer for their slots in time, and name them.
+            deadline: of the event loop's clock; None: `query_seconds` from now.
 
         Raises:
             UnavailableError: a shard does not answer, and `allow_partial` is not set.
             ResourceExhaustedError, InvalidArgumentError: as a shard said.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.query_seconds
+        if deadline is None:
+            deadline = loop.time() + self._settings.query_seconds
         routing = self._watch.current
         everybody = False
         told = ""
@@ -194,7 +214,7 @@ class Scatter:
         self, routing: Routing, method: str, request: Any, deadline: float, *, everybody: bool
     ) -> tuple[Gathered[Any], dict[str, TopKError]]:
         seconds = deadline - asyncio.get_running_loop().time()
-        owning = routing.owning
+        owning = self._shards_with_plays(routing)
         asked = routing.topology.shards if everybody else owning
         results = await asyncio.gather(
             *(self._queries.ask(shard, method, request, seconds) for shard in asked), return_exceptions=True
@@ -207,9 +227,16 @@ class Scatter:
                     failures[shard.shard_id] = result
             elif isinstance(result, BaseException):
                 raise result
-            elif _slots(result):
+            elif _slots(result) or not self.partitioner.whole_songs:
                 answers[shard.shard_id] = result
         return Gathered(routing.topology, answers, tuple(failures)), failures
+
+    def _shards_with_plays(self, routing: Routing) -> list[ShardInfo]:
+        """The shards that own slots and, where songs are spread, all that have ever started."""
+        owning = routing.owning
+        if self.partitioner.whole_songs:
+            return owning
+        return [shard for shard in routing.topology.shards if shard in owning or shard.directory_id]
 
     def _problem(self, gathered: Gathered[Any], failures: Mapping[str, TopKError]) -> str | None:
         if failures:
@@ -251,6 +278,11 @@ def _owners_of_uncovered(gathered: Gathered[Any]) -> set[str]:
     topology = gathered.topology
     owners = {owner for slot, owner in enumerate(topology.owners) if not covered >> slot & 1}
     return {topology.shards[owner].shard_id for owner in owners}
+
+
+async def _messages(call: Any) -> list[Any]:
+    """The answer of a call, in its messages; there is one at least."""
+    return [page async for page in call] if isinstance(call, grpc.aio.UnaryStreamCall) else [await call]
 
 
 def _slots(answer: Covered) -> int:

@@ -7,7 +7,6 @@ import asyncio
 import grpc
 
 from topk_grpc.config import GatewaySettings, is_loopback
-from topk_grpc.errors import SettingError
 from topk_grpc.gateway.access import TokenGate
 from topk_grpc.gateway.admin import ADMIN_SERVICE, ClusterAdminService
 from topk_grpc.gateway.description import ClusterDescriber
@@ -20,6 +19,7 @@ from topk_grpc.gateway.service import TopKService
 from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
 from topk_grpc.pb.topk.v1.admin_service_pb2_grpc import add_ClusterAdminServiceServicer_to_server
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.rpc import log, startup
 from topk_grpc.rpc.access import AccessInterceptor
 from topk_grpc.rpc.lifecycle import StopRequest, serve_until_stopped
@@ -38,7 +38,6 @@ from topk_grpc.topology.patience import StorePatience
 from topk_grpc.topology.store import StoreAccess, TopologyStore, open_store
 
 SERVICE = "topk.v1.TopKService"
-_PARTITIONERS = ("ring", "modulo")
 
 
 async def serve(settings: GatewaySettings) -> None:
@@ -67,11 +66,7 @@ async def _serve(
     health = Health()
     servers += await startup.serve_health(settings, health)
     topology = await StorePatience(settings.topology_wait_seconds, stop).wait_for(store.read)
-    if topology.settings.partitioner not in _PARTITIONERS:
-        raise SettingError(
-            f"the cluster's partitioner is {topology.settings.partitioner!r}: this release knows"
-            f" {', '.join(_PARTITIONERS)}"
-        )
+    partitioner_of(topology.settings.partitioner)  # one that this release does not know is an error here
     gate = TokenGate(settings.tokens_file) if settings.tokens_file else None
     access = AccessInterceptor(gate) if gate is not None else None
     channels = ShardChannels(settings, topology.cluster_id, topology.secret)

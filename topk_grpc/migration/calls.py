@@ -35,8 +35,8 @@ class ShardCalls(Protocol):
         """Returns when a shard has answered that it serves."""
         ...
 
-    async def freeze(self, source: ShardInfo, migration_id: int, seconds: float) -> None:
-        """Has a source take no more plays of a migration's slots."""
+    async def freeze(self, source: ShardInfo, migration_id: int, seconds: float) -> float:
+        """Has a source take no more plays of a migration's slots; returns for how many seconds it has not."""
         ...
 
     async def fetch(self, target: ShardInfo, migration_id: int, seconds: float) -> Fetched:
@@ -63,9 +63,10 @@ class GrpcShardCalls:
         """As `ShardCalls.probe`."""
         await self._call(shard, "DescribeShard", pb.DescribeShardRequest(), seconds)
 
-    async def freeze(self, source: ShardInfo, migration_id: int, seconds: float) -> None:
+    async def freeze(self, source: ShardInfo, migration_id: int, seconds: float) -> float:
         """As `ShardCalls.freeze`."""
-        await self._call(source, "FreezeSlots", pb.FreezeSlotsRequest(migration_id=migration_id), seconds)
+        answer = await self._call(source, "FreezeSlots", pb.FreezeSlotsRequest(migration_id=migration_id), seconds)
+        return float(answer.seconds)
 
     async def fetch(self, target: ShardInfo, migration_id: int, seconds: float) -> Fetched:
         """As `ShardCalls.fetch`."""

@@ -43,7 +43,7 @@ from topk_grpc.topology.store import TopologyStore
 _IDLE_SECONDS: Final = 0.5
 _AGAIN_SECONDS: Final = (0.1, 5.0)
 _PROBE_SECONDS: Final = 0.5
-_STALL_SECONDS: Final = (0.08, 0.2)
+_STALL_SECONDS: Final = (0.2, 0.35)
 """Slots that waited for less travel with more the next time; those that waited longer, with fewer."""
 _SMALL_BYTES: Final = 256 << 10
 """An image up to this size takes two shards some hundredths of a second: more may travel the next time, however long it
@@ -210,13 +210,18 @@ class Mover:
 
     async def _move(self, migration: Migration) -> None:
         """Takes an undecided migration to its end."""
-        started = time.monotonic()
+        seconds = self._pace.move_seconds
+        frozen_at = time.monotonic()  # until the source says since when
         fetched, problem = None, ""
         try:
-            async with asyncio.timeout(self._pace.move_seconds):
-                fetched = await self._copy(migration)
+            async with asyncio.timeout(seconds):
+                topology = await self._store.read()
+                source, target = _shard(topology, migration.source), _shard(topology, migration.target)
+                for_seconds = await self._shards.freeze(source, migration.migration_id, seconds)
+                frozen_at = time.monotonic() - for_seconds
+                fetched = await self._shards.fetch(target, migration.migration_id, seconds)
         except TimeoutError:
-            problem = f"it was not copied within {self._pace.move_seconds:g} s"
+            problem = f"it was not copied within {seconds:g} s"
         except TopKError as error:
             problem = str(error)
         topology = await self._decide(migration.migration_id, Event.ABORT if problem else Event.COMMIT)
@@ -227,7 +232,7 @@ class Mover:
             owner = _shard(topology, migration.target if committed else migration.source)
             with suppress(TopKError):  # if that fails, it does so by itself as soon as it reads the topology
                 await self._settling.tell(owner, migration.migration_id)
-        stall = time.monotonic() - started
+        stall = time.monotonic() - frozen_at
         self.longest_stall_seconds = max(self.longest_stall_seconds, stall)
         metrics.LONGEST_STALL_SECONDS.set(self.longest_stall_seconds)
         if committed and fetched is not None:
@@ -236,12 +241,6 @@ class Mover:
             self._put_off(migration, problem or "its source or another coordinator decided it", stall)
         if decided is not None:
             await self._settling.attempt(decided, stall)
-
-    async def _copy(self, migration: Migration) -> Fetched:
-        topology = await self._store.read()
-        seconds = self._pace.move_seconds
-        await self._shards.freeze(_shard(topology, migration.source), migration.migration_id, seconds)
-        return await self._shards.fetch(_shard(topology, migration.target), migration.migration_id, seconds)
 
     async def _decide(self, migration_id: int, event: Event) -> Topology:
         """Commits or aborts, unless somebody else has decided; returns the topology after that.

@@ -31,6 +31,7 @@ from topk_grpc.errors import (
     UnavailableError,
 )
 from topk_grpc.migration.members import ShardState, state_of
+from topk_grpc.migration.plan import moves_left
 from topk_grpc.migration.records import Event, advance
 from topk_grpc.model import Migration, MigrationState, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
@@ -38,6 +39,7 @@ from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
 from topk_grpc.rpc import log
 from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.rpc.status import from_rpc_error
+from topk_grpc.shard.core import ShardCore
 from topk_grpc.shard.owner import ShardOwner
 from topk_grpc.topology.store import TopologyStore
 
@@ -65,21 +67,34 @@ class ShardMoves:
         self._newest: Topology | None = None
         self._held_since: dict[int, float] = {}
         self._said = ""
+        self._preparing: asyncio.Task[None] | None = None
+        self._indexed = False
         self._turn = asyncio.Lock()
         self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._keep_looking())]
 
     # --- What a coordinator asks --------------------------------------------------------------------------------------
 
-    async def freeze(self, migration_id: int) -> None:
-        """Takes no more plays of a migration's slots, durably.
+    async def freeze(self, migration_id: int) -> float:
+        """Takes no more plays of a migration's slots, durably; before that, sees to it that they are found quickly.
+
+        Returns:
+            How long plays of them have been waiting, in seconds.
 
         Raises:
             MigrationError: the topology has no such migration of this shard's, or its outcome is decided.
         """
+        await self._prepare()
         async with self._turn:
             _, migration = await self._read_migration(migration_id, source=self._shard_id)
-            await self._owner.change(lambda core: core.freeze(migration_id, migration.slots, migration.target))
-            self._held_since.setdefault(migration_id, time.monotonic())
+            since = time.monotonic()
+
+            def freeze(core: ShardCore) -> None:
+                nonlocal since
+                since = time.monotonic()
+                core.freeze(migration_id, migration.slots, migration.target)
+
+            await self._owner.change(freeze)
+            return time.monotonic() - self._held_since.setdefault(migration_id, since)
 
     async def export(self, migration_id: int) -> bytes:
         """The image of frozen slots; from here on no queries are answered until the outcome is known.
@@ -124,6 +139,28 @@ class ShardMoves:
                 raise MigrationError(f"migration {migration_id} is not decided: commit or abort it first")
             return await self._settle(held, committed=committed)
 
+    # --- Finding slots ------------------------------------------------------------------------------------------------
+
+    async def _prepare(self) -> None:
+        """Has all closed cells indexed by slot. It goes on if whoever waits for it gives up."""
+        if self._preparing is None or self._preparing.done():
+            self._preparing = asyncio.create_task(self._index())
+        await asyncio.shield(self._preparing)
+
+    async def _index(self) -> None:
+        cells = await self._owner.read(lambda core: core.unindexed())
+        if cells:
+            made = await asyncio.to_thread(lambda: [(one, one.index()) for one in cells])
+            await self._owner.change(lambda core: core.use_indexes(made))
+            self._indexed = True
+
+    async def _tidy(self, topology: Topology) -> None:
+        """Lets go of the indexes when no slot of this shard is to move any more."""
+        moving = any(self._shard_id in {one.source, one.target} for one in topology.migrations)
+        if self._indexed and not moving and not any(move.source == self._shard_id for move in moves_left(topology)):
+            self._indexed = False
+            await self._owner.change(lambda core: core.forget_indexes())
+
     # --- What it does by itself ---------------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
@@ -156,6 +193,7 @@ class ShardMoves:
                 await self._settle(one, committed=committed)
             elif not one.incoming and self._waited(one) >= self._settings.frozen_seconds_max:
                 await self._abort(one, topology)
+        await self._tidy(topology)
 
     def _say_place(self, topology: Topology) -> None:
         """Says when this shard drains, is drained, or has been removed."""
@@ -254,6 +292,7 @@ class ShardMoves:
 
     async def close(self) -> None:
         """Stops following."""
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._preparing] if self._preparing else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -57,6 +57,7 @@ class ShardOwner:
         self._snapshots = ThreadPoolExecutor(1, "snapshot", initializer=_stand_back)
         self._requests: deque[tuple[bytes, asyncio.Future[bytes]]] = deque()
         self._short: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]] = deque()
+        self._changes: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]] = deque()
         self._long: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]] = deque()
         self._scans: dict[Hashable, asyncio.Future[Any]] = {}
         self._room = asyncio.Semaphore(settings.queue_requests_max)
@@ -116,13 +117,13 @@ class ShardOwner:
         return await answer
 
     async def change(self, job: Callable[[ShardCore], T]) -> T:
-        """Runs a change of what the shard owns between two groups.
+        """Runs a change of what the shard owns, before the next group: plays of the slots wait for it.
 
         Raises:
             NotReadyError: the shard is stopping.
         """
         self._check_serving()
-        return await self._queue(self._long, job)
+        return await self._queue(self._changes, job)
 
     async def scan(self, key: Hashable, query: Callable[[ShardCore], T]) -> T:
         """Runs a query that looks at all entries between two groups; those with equal keys that wait run once.
@@ -147,9 +148,12 @@ class ShardOwner:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        while not (self._closing and not self._requests and not self._short and not self._long):
+        while not (self._closing and not self._work_left):
             await self._work.wait()
             self._work.clear()
+            while self._changes:
+                if not await self._run_on_writer(self._changes):
+                    return
             group = self._take_group()
             if group:
                 try:
@@ -160,16 +164,26 @@ class ShardOwner:
                 for (_, future), answer in zip(group, answers, strict=True):
                     _settle(future, answer)
             self._run_short()
-            if self._long:  # one a turn, so that the next group need not wait for all
-                job, future = self._long.popleft()
-                answer = await loop.run_in_executor(self._writer, self._run_job, job)
-                _settle(future, answer)
-                if isinstance(answer, WriteFailedError):  # it wrote to the log
-                    self._fail(answer, [])
-                    return
-            if self._requests or self._short or self._long:
+            # One a turn, so that the next group need not wait for all.
+            if self._long and not await self._run_on_writer(self._long):
+                return
+            if self._work_left:
                 self._work.set()
             self._housekeeping()
+
+    @property
+    def _work_left(self) -> bool:
+        return bool(self._requests or self._short or self._changes or self._long)
+
+    async def _run_on_writer(self, jobs: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]]) -> bool:
+        """Does the first of these jobs; returns whether the log can be trusted after that."""
+        job, future = jobs.popleft()
+        answer = await asyncio.get_running_loop().run_in_executor(self._writer, self._run_job, job)
+        _settle(future, answer)
+        if isinstance(answer, WriteFailedError):  # it wrote to the log
+            self._fail(answer, [])
+            return False
+        return True
 
     def _commit(self, requests: list[bytes]) -> list[bytes | Exception]:
         """Takes a group through, on the writer's thread. Queries need not wait for all of it."""
@@ -225,7 +239,7 @@ class ShardOwner:
         log.error("log_failed", error=error)
         if not self.failed.done():
             self.failed.set_result(fatal)
-        for _, future in [*group, *self._requests, *self._short, *self._long]:
+        for _, future in [*group, *self._requests, *self._short, *self._changes, *self._long]:
             if not future.done():
                 future.set_exception(fatal)
                 future.exception()  # nobody may be listening any more

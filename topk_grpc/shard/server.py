@@ -13,6 +13,7 @@ from topk_grpc.errors import TopKError, TopologyError
 from topk_grpc.migration.arrival import first_topology
 from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.rpc import log, startup
 from topk_grpc.rpc.access import AccessInterceptor, ClusterGate
 from topk_grpc.rpc.lifecycle import StopRequest, graceful_stop
@@ -91,6 +92,8 @@ async def _find_topology(
     else:
         topology = await patience.wait_for(store.read)
         find_shard(topology, settings.shard_id)
+    if topology is not None:
+        partitioner_of(topology.settings.partitioner)  # one that this release does not know is an error here
     if topology is not None and not topology.secret:
         raise TopologyError(
             f"the topology at {settings.topology} was made by an older release and has no secret for the cluster's"
