@@ -126,7 +126,7 @@ class ServerSettings(_Checked):
     listen: str = setting("127.0.0.1:0", "HOST:PORT", "Where to serve gRPC; port 0 takes a free one. A port in use is an error at once.")
     health_port: int = setting(0, "port", "Also answer grpc.health.v1 alone, in plaintext, on this port of the listen address; 0: only on the main port.", 0, 65535)
     message_bytes_max: int = setting(8 << 20, "bytes", "The largest gRPC message taken; a larger one is refused with RESOURCE_EXHAUSTED. Must fit batch_plays_max plays.", 1 << 16, 1 << 30)
-    metrics_port: int = setting(0, "port", "Serve metrics for Prometheus, in plaintext, at /metrics on this port of the listen address; 0: none. `topk up` gives it to the gateway, and the ports after it to the shards.", 0, 65535)
+    metrics_port: int = setting(0, "port", "Serve metrics for Prometheus, in plaintext, at /metrics on this port of the listen address; 0: none. `topk up` gives it to the gateway, the next port to the controller, and those after it to the shards.", 0, 65535)
     tls_cert: str = setting("", "path", "A PEM file with this server's certificate and what lies between it and its CA. With it the server speaks TLS. Read anew when it changes.")
     tls_key: str = setting("", "path", "A PEM file with the private key of --tls-cert, without a passphrase.")
     tls_ca: str = setting("", "path", "A PEM file with the CA of the cluster's own certificates. A shard with --tls-cert takes calls only from holders of a certificate signed by it; a gateway then speaks TLS with its shards, and trusts no other CA for them.")
@@ -254,7 +254,7 @@ class ControllerSettings(ServerSettings):
     create_shards: int = setting(0, "shards", "Where there is no topology, make one with so many shards, and wait for them to start. 0: wait until somebody else makes one.", 0, 256)
     shard_prefix: str = setting("shard-", "", "The shards of a new topology are named by this and a number from 0, as a Kubernetes StatefulSet names its pods.")
     partitioner: str = setting("ring", "", "How a new cluster places songs: ring, or modulo for comparison. Fixed for good when the cluster is made.")
-    slots: int = setting(1024, "slots", "How many slots a new cluster has: what moves as one, and so how evenly and in how small steps. Some for each shard it may ever have. Fixed for good when the cluster is made.", 1, 16_384)
+    slots: int = setting(1024, "slots", "How many slots a new cluster has: what moves as one, and so how evenly and in how small steps. Some for each shard it may ever have. Fixed for good when the cluster is made.", 1, 65_536)
 
     def __post_init__(self) -> None:
         """As every server's.

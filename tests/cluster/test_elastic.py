@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.processes import READY_SECONDS, Cluster, Server, ranked, run_topk, top_k, wait_for
+from tests.cluster.processes import READY_SECONDS, Cluster, Server, is_alive, ranked, run_topk, top_k, wait_for
 from topk_grpc.client import BlockingTopKClient
 from topk_grpc.errors import UnavailableError
 from topk_grpc.gateway.tokens import digest_of
@@ -99,6 +99,10 @@ def slots_of(cluster: Cluster | str) -> dict[str, int]:
     return {shard["shard_id"]: shard["slots"] for shard in topk(cluster, "cluster", "status")["shards"]}
 
 
+def wait_ended(pid: int) -> None:
+    wait_for(lambda: not is_alive(pid), READY_SECONDS, f"process {pid} has ended")
+
+
 def check(cluster: Cluster, producer: Producer) -> None:
     """Every play counts once, and the order is right to the end."""
     found = [(one.rank, one.song_id, one.count) for one in top_k(cluster.address).entries]
@@ -122,7 +126,7 @@ def test_shards_join_and_leave_under_load(elastic: Cluster) -> None:
         for name in ("shard-2", "shard-3"):
             pid = elastic.pid(name)
             topk(elastic, "cluster", "remove", name)
-            wait_for(lambda pid=pid: not Path(f"/proc/{pid}/cwd").exists(), READY_SECONDS, f"{name} is stopped")
+            wait_ended(pid)
         assert slots_of(elastic).keys() == {"shard-0", "shard-1"}
     check(elastic, producer)
     aside = elastic.data_dir / "removed.shards"
@@ -276,8 +280,11 @@ def roles(tmp_path: Path) -> Iterator[Roles]:
 
 def test_roles_find_together_in_any_order_and_the_next_controller_takes_over(roles: Roles) -> None:
     shards = {name: roles.shard(name, "--join") for name in ("node-0", "node-1")}
-    for shard in shards.values():
-        wait_for(lambda shard=shard: shard.event("topology_awaited"), READY_SECONDS, "a shard waits for the topology")
+
+    def all_wait() -> bool:
+        return all(shard.event("topology_awaited") for shard in shards.values())
+
+    wait_for(all_wait, READY_SECONDS, "the shards wait for the topology")
     first = roles.start("c0", "controller", "--create-shards", "2", "--shard-prefix", "node-", "--slots", "128")
     first.wait_ready()
     created = first.event("topology_created")

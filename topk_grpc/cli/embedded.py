@@ -39,6 +39,8 @@ class EmbeddedCluster:
         data_dir: Path,
         *,
         shards: int | None = None,
+        partitioner: str | None = None,
+        slots: int | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         metrics_port: int = 0,
@@ -50,6 +52,8 @@ class EmbeddedCluster:
         Args:
             data_dir: made if it does not exist.
             shards: how many; None: as many as the data directory has, `SHARDS_DEFAULT` in a new one.
+            partitioner, slots: what is fixed in a new cluster (model.ClusterSettings); None: as the data directory has,
+                the defaults in a new one.
             host: the gateway's address.
             port: the gateway's port, 0 for a free one.
             metrics_port: where the gateway serves metrics; the controller on the next port, the shards in their order
@@ -59,11 +63,12 @@ class EmbeddedCluster:
         """
         self._directory = ClusterDirectory(data_dir)
         self._shards_asked = shards
+        self._partitioner_asked = partitioner
+        self._slots_asked = slots
         self._host = host
         self._port = port
         self._metrics_port = metrics_port
         self._environment = os.environ | dict(environment or {})
-        self._given = dict(environment or {})
         self._on_line = on_line
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] | None = None
@@ -94,9 +99,8 @@ class EmbeddedCluster:
         self._failure = asyncio.get_running_loop().create_future()
         try:
             self._port = _free_port(self._host, self._port)
-            slots = self._given.get("TOPK_SLOTS")
             topology = await self._directory.open_topology(
-                self._shards_asked, self._given.get("TOPK_PARTITIONER"), int(slots) if slots else None
+                self._shards_asked, self._partitioner_asked, self._slots_asked
             )
             self._set_aside(topology)
             for info in topology.shards:

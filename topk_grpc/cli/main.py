@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -57,6 +58,16 @@ AsOf = Annotated[
 AllowPartial = Annotated[bool, typer.Option(help="Answer without the shards that are down, instead of failing.")]
 
 
+class Partitioner(StrEnum):
+    """The names of ring/plan.py, which is not imported for them: it takes its time."""
+
+    RING = "ring"
+    MODULO = "modulo"
+
+
+SLOTS_MAX: Final = 65_536
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         from topk_grpc import kernels
@@ -87,6 +98,22 @@ def up(  # noqa: PLR0917  # typer makes options of them
         int | None,
         typer.Option(min=1, max=256, help="Shard processes. Default: as the data directory has, or 2 in a new one."),
     ] = None,
+    partitioner: Annotated[
+        Partitioner | None,
+        typer.Option(
+            help="How a new cluster places plays; fixed from then on. ring is for production, the others are what it "
+            "is compared with. Default: as the data directory has, or ring in a new one.",
+        ),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=SLOTS_MAX,
+            help="How many slots a new cluster has, which bounds its shards; fixed from then on. Default: as the data "
+            "directory has, or 1024 in a new one.",
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="The gateway's port; 0 takes a free one.")] = 50050,
     host: Annotated[
         str, typer.Option(help="The address the gateway listens on. Others than this machine's own need TLS.")
@@ -97,18 +124,29 @@ def up(  # noqa: PLR0917  # typer makes options of them
             envvar="TOPK_METRICS_PORT",
             min=0,
             max=65_000,
-            help="Serve the gateway's metrics here, and the shards' on the ports after it, in their order; 0: nowhere.",
+            help="Serve the gateway's metrics here, the controller's on the next port, and the shards' on those after "
+            "it, in their order; 0: nowhere.",
         ),
     ] = 0,
     environment: Any = None,
 ) -> None:
-    """Run a whole cluster on this machine: shard processes and a gateway, restarted if they die.
+    """Run a whole cluster on this machine: processes of shards, a gateway and a controller, restarted if they die.
 
-    Prints `ready: HOST:PORT` when every shard answers. Ctrl-C stops it; the plays are kept.
+    Prints `ready: HOST:PORT` when every shard answers. Ctrl-C stops it; the plays are kept. `topk cluster add` makes it
+    grow while it runs, and so does a larger --shards at the next start.
     """
     from topk_grpc.cli.up import run
 
-    run(data_dir, shards=shards, host=host, port=port, metrics_port=metrics_port, environment=environment)
+    run(
+        data_dir,
+        shards=shards,
+        partitioner=partitioner.value if partitioner else None,
+        slots=slots,
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        environment=environment,
+    )
 
 
 def _run_shard(role: ShardSettings) -> None:

@@ -25,7 +25,7 @@ ROLES: Final[Mapping[str, type]] = {
 OWNED_BY_UP: Final = frozenset(
     {"topology", "listen", "health_port", "metrics_port", "exit_with_stdin"}
     | {"shard_id", "data_dir", "advertise", "join"}
-    | {"create_shards", "shard_prefix"}
+    | {"create_shards", "shard_prefix", "partitioner", "slots"}
     | {"topology_wait_seconds", "etcd_ca", "etcd_cert", "etcd_key", "etcd_user", "etcd_password_file"}
 )
 """Settings that `topk up` decides for its children."""

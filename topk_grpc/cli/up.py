@@ -21,6 +21,8 @@ def run(
     data_dir: Path,
     *,
     shards: int | None,
+    partitioner: str | None,
+    slots: int | None,
     host: str,
     port: int,
     metrics_port: int,
@@ -45,6 +47,8 @@ def run(
     cluster = EmbeddedCluster(
         data_dir,
         shards=shards,
+        partitioner=partitioner,
+        slots=slots,
         host=host,
         port=port,
         metrics_port=metrics_port,
