@@ -16,11 +16,12 @@ FUZZ_RUNS ?= 20000000
 FUZZ_BUILD := build/fuzz/.built
 STORM_SECONDS ?= 1800
 KILLS ?= 200
+MOVES_ROUNDS ?= 3
 
 # What an install depends on: an edited kernel or proto is built again.
 SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find protos -name '*.proto') $(wildcard topk_grpc/kernels/*.py)
 
-.PHONY: help install demo test soak fuzz fuzz-build lint bench docs audit-dependencies clean storm kills
+.PHONY: help install demo test soak fuzz fuzz-build lint bench docs audit-dependencies clean storm kills moves
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +48,10 @@ storm: $(STAMP) ## Break processes, networks and disks under load and check ever
 
 kills: $(STAMP) ## The same with kill -9 of random processes alone (KILLS=200 SEED=… STORM=…)
 	@$(BIN)/python -m tests.faults --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(STORM)
+
+moves: $(STAMP) ## Grow a cluster from 2 to 4 shards and drain it again, under load, and check every count (MOVES_ROUNDS=3 SEED=…)
+	@TOPK_MOVES_ROUNDS=$(MOVES_ROUNDS) $(if $(SEED),TOPK_MOVES_SEED=$(SEED)) $(BIN)/python -m pytest -s \
+		tests/cluster/test_elastic_load.py $(PYTEST)
 
 lint: $(STAMP) ## Check style, types, import contracts and protos
 	$(BIN)/ruff check .

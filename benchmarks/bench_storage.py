@@ -47,7 +47,7 @@ def append_request(
     spans, _ = message_spans(raw, 0, len(raw), 1)
     columns = decode_batch(raw, spans, 128, 8, 64, 65_536)
     hashes = hash_strings(raw, columns.song_starts, columns.song_sizes)
-    split = split_batch(raw, columns, hashes, np.zeros(cluster.slots, np.int32), 1, cluster.resolution_ms)
+    split = split_batch(raw, columns, hashes, hashes, np.zeros(cluster.slots, np.int32), 1, cluster.resolution_ms)
     header = batch_header(producer_id, sequence, now_ms)
     part = split.parts[0]
     return b"".join((b"\x08", varint(sequence), b"\x1a", varint(len(header) + len(part)), header, part))

@@ -29,6 +29,7 @@ from topk_grpc.errors import (
     TopKError,
     UnauthenticatedError,
     UnavailableError,
+    UnsupportedError,
     WindowError,
 )
 from topk_grpc.model import (
@@ -90,6 +91,7 @@ __all__ = [
     "TumblingWindow",
     "UnauthenticatedError",
     "UnavailableError",
+    "UnsupportedError",
     "WatchUpdate",
     "Window",
     "WindowError",

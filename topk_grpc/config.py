@@ -130,7 +130,7 @@ class ServerSettings(_Checked):
     tls_cert: str = setting("", "path", "A PEM file with this server's certificate and what lies between it and its CA. With it the server speaks TLS. Read anew when it changes.")
     tls_key: str = setting("", "path", "A PEM file with the private key of --tls-cert, without a passphrase.")
     tls_ca: str = setting("", "path", "A PEM file with the CA of the cluster's own certificates. A shard with --tls-cert takes calls only from holders of a certificate signed by it; a gateway then speaks TLS with its shards, and trusts no other CA for them.")
-    plaintext: bool = setting(False, "", "Allow an address that other machines can reach without TLS: only where the network or a proxy in front keeps others out. Plays, answers and tokens can be read on the way.")
+    plaintext: bool = setting(False, "", "Allow an address that other machines can reach without TLS, and shards and an etcd on other machines: only where the network or a proxy in front keeps others out. Plays, answers, tokens and the cluster's secret can be read on the way.")
     handshake_seconds: float = setting(10.0, "s", "A connection that has not introduced itself (TLS, HTTP/2) after so long is closed.", 0.1, 3600)
     connection_idle_seconds: float = setting(900.0, "s", "A connection without a call for so long is closed; clients open it again when they need it.", 1, 86_400 * 7)
     drain_seconds: float = setting(10.0, "s", "On SIGTERM: how long streams may take to send the acknowledgements they owe; then they are cut, and clients resend.", 0.1, 600)
@@ -213,6 +213,7 @@ class GatewaySettings(ServerSettings):
     pending_bytes_max: int = setting(64 << 20, "bytes", "What one gateway holds for one shard that is down or slow; then all streams with plays for it wait.", 1 << 16, 1 << 34)
     part_bytes_max: int = setting(1 << 20, "bytes", "Parts of batches for one shard travel together up to this size: few and large messages.", 1 << 10, 1 << 28)
     record_seconds: float = setting(15.0, "s", "How long a batch may wait for its shards; then its stream ends with DEADLINE_EXCEEDED and the client resends.", 0.1, 3600)
+    threshold_entries_max: int = setting(500_000, "entries", "With the partitioner round_robin, where a song's plays are spread over shards: the most songs of one shard that a query looks at, about 150 bytes each; one that would need more is refused with RESOURCE_EXHAUSTED.", 1, 1 << 30)
     query_seconds: float = setting(10.0, "s", "How long a query waits for a shard; then it fails with UNAVAILABLE, or is partial where that was asked for.", 0.1, 3600)
     allowed_lateness_seconds: float = setting(300.0, "s", "An answer is FINAL when the watermark has passed its end by this much.", 0, 86_400 * 366)
     stream_age_seconds: float = setting(1800.0, "s", "Streams end with OK after this time, up to a tenth earlier by chance, so that clients spread over new gateways.", 1, 86_400 * 7)
@@ -253,8 +254,8 @@ class ControllerSettings(ServerSettings):
     move_seconds_max: float = setting(5.0, "s", "A move that has not come so far after this time that its target has everything is aborted: plays of its slots wait meanwhile. Too low for the largest slot, and that one never moves.", 0.1, 600)
     create_shards: int = setting(0, "shards", "Where there is no topology, make one with so many shards, and wait for them to start. 0: wait until somebody else makes one.", 0, 256)
     shard_prefix: str = setting("shard-", "", "The shards of a new topology are named by this and a number from 0, as a Kubernetes StatefulSet names its pods.")
-    partitioner: str = setting("ring", "", "How a new cluster places songs: ring, or modulo for comparison. Fixed for good when the cluster is made.")
-    slots: int = setting(1024, "slots", "How many slots a new cluster has: what moves as one, and so how evenly and in how small steps. Some for each shard it may ever have. Fixed for good when the cluster is made.", 1, 65_536)
+    partitioner: str = setting("ring", "", "How a new cluster places plays: ring; modulo or round_robin for comparison (docs/partitioning.md). Fixed for good when the cluster is made.")
+    slots: int = setting(1024, "slots", "How many slots a new cluster has: what moves as one, and so how evenly and in how small steps. Some for each shard it may ever have. Fixed for good when the cluster is made.", 1, 16_384)
 
     def __post_init__(self) -> None:
         """As every server's.

@@ -12,6 +12,7 @@ TopKError
 │   ├── TokenExpiredError       the token's time is over
 │   └── ForeignCallerError      the call does not carry the secret of the cluster
 ├── PermissionDeniedError       who calls is known, and may not do that
+├── UnsupportedError            what a cluster with this partitioner does not do; only another cluster helps
 ├── DuplicateBatchError         the first send of a batch was answered `duplicate`: two processes share a producer id
 ├── ProducerExpiredError        the producer was forgotten and the batch is older than that
 ├── RejectedPlaysError          plays of acknowledged batches that did not count, and nobody listens for them
@@ -96,6 +97,10 @@ class ForeignCallerError(UnauthenticatedError):
 
 class PermissionDeniedError(TopKError):
     """Who calls is known, and may not do that."""
+
+
+class UnsupportedError(TopKError):
+    """What a cluster with this partitioner does not do: no other call to it helps."""
 
 
 class DuplicateBatchError(TopKError):

@@ -60,11 +60,14 @@ PLAYS_DELAYED: Final = _counter("topk_plays_delayed_total", "plays", ("limit",),
 DELAY_SECONDS: Final = _counter("topk_rate_delay_seconds_total", "s", ("limit",), "How long these batches waited.")
 TOKENS: Final = _gauge("topk_tokens", "tokens", (), "Tokens in the tokens file as it was read last, expired ones included.")
 TOKENS_FILE_FAILED: Final = _gauge("topk_tokens_file_failed", "0 or 1", (), "1 while the tokens file cannot be used and the tokens before stay in force.")
+TOPOLOGY_STORE_AWAY: Final = _gauge("topk_topology_store_away", "0 or 1", (), "1 while etcd does not answer: the last topology stays in use, and changes of it wait.")
 CONTROLLER_ACTIVE: Final = _gauge("topk_controller_active", "0 or 1", (), "1 at the controller that plans and moves now; 0 at those that stand by.")
 MIGRATIONS: Final = _counter("topk_migrations_total", "migrations", ("outcome",), "Migrations that this controller has seen decided, by outcome: committed, aborted.")
 SLOTS_MOVED: Final = _counter("topk_slots_moved_total", "slots", (), "Slots that this controller has moved.")
 SLOTS_LEFT: Final = _gauge("topk_slots_left", "slots", (), "Slots that have yet to move until the plan is reached, as the active controller saw it last.")
 LONGEST_STALL_SECONDS: Final = _gauge("topk_longest_stall_seconds", "s", (), "The longest that plays of a slot had to wait for one move of this controller's, aborted ones included.")
+SHARD_QUERY_MESSAGES: Final = _counter("topk_shard_query_messages_total", "messages", ("method",), "Messages between a gateway and its shards for queries, in both directions, by the shards' method.")
+SHARD_QUERY_BYTES: Final = _counter("topk_shard_query_bytes_total", "bytes", ("method",), "Bytes of these messages, as protobuf.")
 # fmt: on
 
 

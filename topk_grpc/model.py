@@ -364,7 +364,10 @@ class Finality(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """How far an answer can be trusted; the fields are explained in protos/topk/v1/query.proto."""
+    """How far an answer can be trusted; the fields are explained in protos/topk/v1/query.proto.
+
+    `distinct_songs` is None where it is unknown.
+    """
 
     complete: bool
     missing_shards: tuple[str, ...]
@@ -372,7 +375,7 @@ class Certificate:
     watermark_ms: int
     finality: Finality
     total_plays: int
-    distinct_songs: int
+    distinct_songs: int | None
     other_plays: int = 0
 
 
@@ -409,11 +412,11 @@ class SongsAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ChartSummary:
-    """A chart and what it holds, over all time."""
+    """A chart and what it holds, over all time. `distinct_songs` is None where it is unknown."""
 
     chart: str
     total_plays: int
-    distinct_songs: int
+    distinct_songs: int | None
 
 
 # --- The cluster ------------------------------------------------------------------------------------------------------
@@ -424,7 +427,7 @@ CONTROLLER: Final = "leader.controller"
 
 @dataclass(frozen=True, slots=True)
 class ClusterSettings:
-    """What is fixed when a cluster is created."""
+    """What is fixed when a cluster is created. The partitioner is one of ring/partitioners.py, by its name."""
 
     slots: int = SLOTS_DEFAULT
     partitioner: str = "ring"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    bench_hot_song,
     bench_ingest,
     bench_memory,
     bench_query,
@@ -61,6 +62,18 @@ def test_query_measures_idle_and_busy(disk: Path) -> None:
     assert len(report.figures) == 16
     assert all(figure.value > 0 for figure in report.figures)
     assert sum(figure.target is not None for figure in report.figures) == 1
+
+
+def test_hot_song_measures_the_fullest_shard(disk: Path) -> None:
+    options = bench_hot_song.Options(rounds=1, plays=40_000, songs=3000, batch_plays=1000, shards=2, data_dir=disk)
+    report = bench_hot_song.run(options)
+    figures = {figure.name: figure for figure in report.figures}
+    assert len(figures) == 12
+    assert sum(figure.target is not None for figure in report.figures) == 4
+    for name in ("plays in parts, hot song / uniform", "bytes in parts, hot song / uniform"):
+        assert figures[name].met  # these do not depend on the machine
+    drawn = bench_hot_song.songs_of("hot song", 1000, 50, 1)
+    assert 500 <= (drawn == 0).sum() < 560
 
 
 def test_memory_measures_an_entry(disk: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.processes import run_topk
+
 pytestmark = pytest.mark.cluster
 
 PLAYS = """song,t,c
@@ -150,3 +152,13 @@ def test_help_needs_none_of_the_heavy_imports(tmp_path: Path, run_topk: Any) -> 
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
     for arguments in (("--help",), ("shard", "--help"), ("ingest", "--help"), ("cluster", "--help")):
         assert run_topk(*arguments, environment={"PYTHONPATH": str(tmp_path)}).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["top", "rank", "watch"])
+def test_help_shows_how_windows_are_written(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    done = run_topk(command, "--help")
+    assert done.returncode == 0, done.stderr
+    shown = "".join(done.stdout.replace("│", " ").split())
+    assert "tumbling:SIZE[@OFFSET](" in shown
+    assert "sliding:SIZE[/SLIDE](" in shown

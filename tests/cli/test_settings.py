@@ -111,7 +111,7 @@ def test_every_setting_is_tunable_or_owned_by_up() -> None:
 
 
 def test_docs_name_every_command() -> None:
-    from topk_grpc.cli.main import app, cluster_app, token_app
+    from topk_grpc.cli.main import app, bench_app, cluster_app, token_app
 
     def names(group: typer.Typer) -> list[str]:
         return [command.name or command.callback.__name__ for command in group.registered_commands if command.callback]
@@ -121,5 +121,7 @@ def test_docs_name_every_command() -> None:
         *names(app),
         *(f"cluster {name}" for name in names(cluster_app)),
         *(f"token {name}" for name in names(token_app)),
+        "bench",
+        *(f"bench {name}" for name in names(bench_app)),
     ]:
         assert f"| `topk {command}` |" in text

@@ -13,7 +13,7 @@ PUBLIC = """
     DuplicateBatchError Entry Finality GlobalWindow InvalidArgumentError OutOfRangeError PermissionDeniedError Play
     ProducerExpiredError RangeWindow RateLimitedError Rejected RejectedPlaysError ResourceExhaustedError SessionWindow
     SlidingWindow SongStanding SongsAnswer TlsOptions TopKClient TopKError TumblingWindow UnauthenticatedError
-    UnavailableError WatchUpdate Window WindowError __version__ parse_window
+    UnavailableError UnsupportedError WatchUpdate Window WindowError __version__ parse_window
 """
 
 

@@ -158,13 +158,15 @@ def is_alive(pid: int) -> bool:
 class Cluster:
     """`topk up` on a port and a data directory of its own."""
 
-    def __init__(self, root: Path, shards: int = 2, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, root: Path, shards: int = 2, settings: Mapping[str, str] | None = None, options: Sequence[str] = ()
+    ) -> None:
         self.root = root
         self.data_dir = root / "data"
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.topology = f"file:{self.data_dir / 'topology.json'}"
-        self._arguments = ["up", "--data-dir", str(self.data_dir), "--port", str(self.port)]
+        self._arguments = ["up", "--data-dir", str(self.data_dir), "--port", str(self.port), *options]
         self._shards = shards
         self._settings = settings
         self._known: set[int] = set()

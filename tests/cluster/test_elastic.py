@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,10 @@ class Producer:
         self._client.close()
 
 
+def is_gone(pid: int) -> bool:
+    return not is_alive(pid)
+
+
 @contextmanager
 def playing(address: str) -> Iterator[Producer]:
     producer = Producer(address)
@@ -99,10 +104,6 @@ def slots_of(cluster: Cluster | str) -> dict[str, int]:
     return {shard["shard_id"]: shard["slots"] for shard in topk(cluster, "cluster", "status")["shards"]}
 
 
-def wait_ended(pid: int) -> None:
-    wait_for(lambda: not is_alive(pid), READY_SECONDS, f"process {pid} has ended")
-
-
 def check(cluster: Cluster, producer: Producer) -> None:
     """Every play counts once, and the order is right to the end."""
     found = [(one.rank, one.song_id, one.count) for one in top_k(cluster.address).entries]
@@ -126,7 +127,7 @@ def test_shards_join_and_leave_under_load(elastic: Cluster) -> None:
         for name in ("shard-2", "shard-3"):
             pid = elastic.pid(name)
             topk(elastic, "cluster", "remove", name)
-            wait_ended(pid)
+            wait_for(partial(is_gone, pid), READY_SECONDS, f"{name} is stopped")
         assert slots_of(elastic).keys() == {"shard-0", "shard-1"}
     check(elastic, producer)
     aside = elastic.data_dir / "removed.shards"
@@ -280,11 +281,8 @@ def roles(tmp_path: Path) -> Iterator[Roles]:
 
 def test_roles_find_together_in_any_order_and_the_next_controller_takes_over(roles: Roles) -> None:
     shards = {name: roles.shard(name, "--join") for name in ("node-0", "node-1")}
-
-    def all_wait() -> bool:
-        return all(shard.event("topology_awaited") for shard in shards.values())
-
-    wait_for(all_wait, READY_SECONDS, "the shards wait for the topology")
+    for shard in shards.values():
+        wait_for(partial(shard.event, "topology_awaited"), READY_SECONDS, "a shard waits for the topology")
     first = roles.start("c0", "controller", "--create-shards", "2", "--shard-prefix", "node-", "--slots", "128")
     first.wait_ready()
     created = first.event("topology_created")

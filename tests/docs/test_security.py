@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.processes import Server, environment, free_port, wait_for
+from tests.security.certificates import Authority
+from tests.topology.etcd_server import EtcdServer, Tls, needs_etcd
+from tests.topology.topologies import FIRST
+from topk_grpc.errors import SettingError
 from topk_grpc.gateway.tokens import parse_tokens
+from topk_grpc.topology import StoreAccess, open_store
 
 pytestmark = pytest.mark.cluster
 
@@ -76,6 +81,36 @@ def test_the_recipe_works_as_written(folder: Path, gateway: str) -> None:
     assert "Barracuda" in out
     shown = run(folder, sys.executable, "-W", "error", "-c", PROGRAM.replace("127.0.0.1:50050", gateway))
     assert "song_id='Barracuda', count=1" in shown
+
+
+@needs_etcd
+@pytest.mark.skipif(shutil.which("etcdctl") is None, reason="there is no etcdctl: install it (Debian: etcd-client)")
+async def test_the_recipe_for_etcd_works_as_written(tmp_path: Path) -> None:
+    [commands] = re.findall(
+        r"^```sh\n(.*?)^```$", PAGE.partition("\n## etcd\n")[2].partition("\n## ")[0], re.DOTALL | re.MULTILINE
+    )
+    authority = Authority(tmp_path, "ca")
+    pair = authority.issue("administrator")
+    for user in ("root", "topk"):
+        (tmp_path / f"{user}.password").write_text(f"password-of-{user}\n")
+    server = EtcdServer(tmp_path / "etcd", Tls(authority.path, authority.issue("etcd")))
+    try:
+        server.start()
+        certificates = {"CACERT": authority.path, "CERT": pair.cert, "KEY": pair.key}
+        given = {"API": "3", "ENDPOINTS": f"https://{server.address}"} | {k: str(v) for k, v in certificates.items()}
+        shell(tmp_path, commands, **{f"ETCDCTL_{name}": value for name, value in given.items()})
+        access = StoreAccess(
+            str(authority.path), str(pair.cert), str(pair.key), "topk", str(tmp_path / "topk.password")
+        )
+        own, other = open_store(server.url("clusters/one"), access), open_store(server.url("clusters/two"), access)
+        await own.compare_and_set(FIRST)
+        assert await own.read() == FIRST
+        with pytest.raises(SettingError, match="permission denied"):
+            await other.read()
+        await own.close()
+        await other.close()
+    finally:
+        server.kill()
 
 
 def test_the_example_of_a_tokens_file_is_one() -> None:

@@ -1,6 +1,7 @@
 """The cluster under test: three shards and two gateways as processes of their own, kept running, behind proxies.
 
     client → proxy → gateway → proxy → shard → its own small disk (a tmpfs where this user may mount one)
+                          controller ↗
 
 A shard listens on a port of its own and advertises its proxy's, so that gateways reach it by way of that. Each process
 is started by exec, and started again at once when it ends. How it ends is judged: by our signal, with 0 after a
@@ -18,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from topk_grpc.topology import open_store
 
 SHARDS: Final = ("shard-0", "shard-1", "shard-2")
 GATEWAYS: Final = ("gateway-0", "gateway-1")
+CONTROLLER: Final = "controller"
 
 _RESTART_SECONDS: Final = 0.1
 _STOP_SECONDS: Final = 15.0
@@ -245,11 +247,21 @@ class Disk:
 
 @dataclass
 class Cluster:
-    """All of it. `start` it, and `close` it in the end."""
+    """All of it. `start` it, and `close` it in the end.
+
+    Attributes:
+        root: for everything that is written.
+        on_ending: is told how each process ended.
+        disk_bytes: of each shard.
+        url: of the topology; empty: a file in `root`.
+        settings: further ones of all servers, as environment variables.
+    """
 
     root: Path
     on_ending: Callable[[Ending], None]
     disk_bytes: int = 256 << 20
+    url: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
     processes: dict[str, Process] = field(default_factory=dict)
     proxies: dict[str, Proxy] = field(default_factory=dict)
     disks: dict[str, Disk] = field(default_factory=dict)
@@ -261,7 +273,7 @@ class Cluster:
     owners: tuple[int, ...] = ()
 
     async def start(self) -> None:
-        url = f"file:{self.root / 'topology.json'}"
+        url = self.url = self.url or f"file:{self.root / 'topology.json'}"
         settings = ClusterSettings()
         self.owners = plan_owners(settings.partitioner, SHARDS, settings.slots)
         store = open_store(url)
@@ -272,6 +284,7 @@ class Cluster:
             await self._add_shard(name, url)
         for name in GATEWAYS:
             await self._add_gateway(name, url)
+        self._add_controller(url)
         for process in self.processes.values():
             process.start()
         for process in self.processes.values():
@@ -287,8 +300,7 @@ class Cluster:
         command = [sys.executable, "-m", "tests.faults.shard", "--topology", url, "--shard-id", name]
         command += ["--data-dir", str(disk.path / "data"), "--listen", f"127.0.0.1:{port}"]
         command += ["--advertise", f"127.0.0.1:{proxy_port}"]
-        settings = SHARD_SETTINGS | {CONTROL: str(self.controls[name])}
-        self.processes[name] = Process(name, command, settings, self.root / f"{name}.log", self.on_ending)
+        self._add(name, command, SHARD_SETTINGS | {CONTROL: str(self.controls[name])})
 
     async def _add_gateway(self, name: str, url: str) -> None:
         port = free_port()
@@ -296,8 +308,15 @@ class Cluster:
         self.addresses[name] = f"127.0.0.1:{await proxy.start()}"
         self.direct[name] = f"127.0.0.1:{port}"
         command = [sys.executable, "-m", "topk_grpc", "gateway", "--topology", url, "--listen", f"127.0.0.1:{port}"]
+        self._add(name, command, GATEWAY_SETTINGS)
+
+    def _add_controller(self, url: str) -> None:
+        command = [sys.executable, "-m", "topk_grpc", "controller", "--topology", url, "--listen", "127.0.0.1:0"]
+        self._add(CONTROLLER, command, {})
+
+    def _add(self, name: str, command: Sequence[str], settings: dict[str, str]) -> None:
         log = self.root / f"{name}.log"
-        self.processes[name] = Process(name, command, dict(GATEWAY_SETTINGS), log, self.on_ending)
+        self.processes[name] = Process(name, command, settings | dict(self.settings), log, self.on_ending)
 
     async def kill_everything(self) -> None:
         """All at one moment; returns when all are ready again."""

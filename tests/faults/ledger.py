@@ -166,6 +166,11 @@ class Ledger:
     def all_acknowledged(self) -> bool:
         return self.rows_sent == self.rows_acknowledged
 
+    @property
+    def plays_acknowledged(self) -> int:
+        """Those taken back included."""
+        return int(sum(grid.acknowledged.sum() + grid.taken_acknowledged.sum() for grid in self.grids.values()))
+
     def tally(self) -> Tally:
         """Everything that was acknowledged, for the oracle: a play for each place of a grid that has any."""
         plays: list[Play] = []

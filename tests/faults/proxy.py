@@ -107,6 +107,8 @@ class Proxy:
         self._connections: dict[_Connection, asyncio.Task[None]] = {}
         self._server: asyncio.Server | None = None
         self.trouble = Trouble()
+        self.refused: Callable[[int], bool] = lambda _: False
+        """Is asked with the port of whoever connects: whether nothing gets through from there, and nobody is told."""
         self.relayed = 0
         """Connections so far."""
 
@@ -119,8 +121,9 @@ class Proxy:
         self.relayed += 1
         task = asyncio.current_task()
         assert task is not None
+        port = int(writer.get_extra_info("peername")[1])
         try:
-            while self.trouble.cut:  # the handshake does not pass either
+            while self.trouble.cut or self.refused(port):  # the handshake does not pass either
                 await asyncio.sleep(_POLL_SECONDS)
             server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._target())
         except OSError:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tests.faults import verdict
-from tests.faults.cluster import GATEWAYS, SHARDS
 from tests.faults.ledger import CHARTS, HOUR, NAMES, NOW_SONGS, PAST_HOURS, SECOND, Ledger, between
 from tests.faults.traffic import now_ms
 from tests.faults.weather import Weather
@@ -60,20 +59,24 @@ class Asker:
 
     Args:
         gateways: those that may answer.
+        everybody: all processes of the cluster: a query may fail for the weather of each.
+        owners: which shard has which songs; None: that changes, and nobody can tell what a partial answer lacks.
     """
 
     def __init__(
         self,
         gateways: Sequence[str],
+        everybody: Sequence[str],
         target: list[str],
         ledger: Ledger,
-        owners: verdict.Owners,
+        owners: verdict.Owners | None,
         weather: Weather,
         asked: Asked,
         finding: Callable[[str], None],
         seed: int,
     ) -> None:
         self._gateways = gateways
+        self._everybody = everybody
         self._target = target
         self._ledger, self._owners, self._weather = ledger, owners, weather
         self._asked = asked
@@ -142,7 +145,7 @@ class Asker:
         problems = list(self._coverage(answer.certificate, began, partial))
         missing = answer.certificate.missing_shards
         if missing:
-            truth = verdict.limited(self._owners.without(missing), truth)
+            truth = verdict.of_some(truth, self._owners.without(missing) if self._owners else None)
         if answer.bounds != bounds:
             problems.append(f"its bounds are {answer.bounds}, and ought to be {bounds}")
         if isinstance(window, SessionWindow):
@@ -169,14 +172,14 @@ class Asker:
         if said.missing_shards and not partial:
             yield f"{said.missing_shards} are missing, though the answer had to be whole"
         for shard in said.missing_shards:
-            if shard not in SHARDS:
+            if shard not in self._everybody:
                 yield f"there is no shard {shard}"
             elif not self._weather.excuses([shard, *self._gateways], began):
                 yield f"{shard} is missing, though nothing is wrong with it"
 
     def _refused(self, error: TopKError, began: float) -> None:
         self._asked.refusals[type(error).__name__] += 1
-        if not self._weather.excuses([*SHARDS, *GATEWAYS], began):
+        if not self._weather.excuses(self._everybody, began):
             self._finding(f"{'+'.join(self._gateways)} failed to answer, though nothing is broken: {error!r}")
 
     # --- Watching -----------------------------------------------------------------------------------------------------

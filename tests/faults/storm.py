@@ -3,8 +3,9 @@
     cluster.py    the processes, their disks, and the proxies between them
     schedule.py   what breaks and when, from a seed
     breakage.py   how it is broken, and what that has to lead to
-    traffic.py    who sends; ledger.py: what was sent and acknowledged
-    questions.py  who asks; verdict.py: whether an answer is true
+    crowd.py      everybody who sends and asks
+    traffic.py    how they send; ledger.py: what was sent and acknowledged
+    questions.py  how they ask; verdict.py: whether an answer is true
     weather.py    what is broken right now
     comparison.py everything exactly, in the end
 
@@ -17,40 +18,25 @@ were killed at one moment.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import grpc
-
-from tests.faults import verdict
 from tests.faults.breakage import Breakage
 from tests.faults.cluster import GATEWAYS, SHARDS, Cluster, Ending
 from tests.faults.comparison import Comparison
+from tests.faults.crowd import Crowd, Scene
 from tests.faults.ledger import Ledger
-from tests.faults.questions import Asked, Asker
 from tests.faults.schedule import KILLS, KINDS, Fault, lane
-from tests.faults.traffic import (
-    ColumnsProducer,
-    Producer,
-    RawProducer,
-    SingleProducer,
-    StreamProducer,
-    UnaryProducer,
-    now_ms,
-)
+from tests.faults.traffic import now_ms
+from tests.faults.verdict import Owners
 from tests.faults.weather import Weather
 from topk_grpc import TopKClient
 from topk_grpc.errors import UnavailableError
-from topk_grpc.model import Answer
-from topk_grpc.rpc.channels import open_channel
 
 CALM_SECONDS: Final = 75.0
 """How long it may take until everything works again: a dead connection is noticed within 25 s."""
@@ -145,11 +131,7 @@ class Storm:
         self._breakage: Breakage | None = None
         # A storm of kills may take long: it ends when they are done.
         self._ledger = Ledger(now_ms(), plan.seconds if not plan.kills else 15 * plan.kills)
-        self._stop_traffic, self._stop_questions = asyncio.Event(), asyncio.Event()
-        self._asked = Asked()
-        self._producers: list[Producer] = []
-        self._raw: list[grpc.aio.Channel] = []
-        self._watched: dict[str, Answer] = {}
+        self._crowd: Crowd | None = None
         self._lanes_left = plan.lanes
         self._until = 0.0
         self._next_calm = 0.0
@@ -186,8 +168,6 @@ class Storm:
             self._breakage = Breakage(self._cluster, self._weather, self._find, self._began)
             await self._blow(self._breakage)
         finally:
-            for channel in self._raw:
-                await channel.close()
             await self._cluster.close()
             self._fill_report()
         return self.report
@@ -209,94 +189,44 @@ class Storm:
     def _fill_report(self) -> None:
         report, breakage = self.report, self._breakage
         report.seconds = time.monotonic() - self._began
-        report.plays_acknowledged = self._plays_acknowledged()
-        report.answers, report.refusals = dict(self._asked.answers), dict(self._asked.refusals)
-        report.partial_answers = self._asked.partial
-        for producer in self._producers:
-            report.statuses = dict(Counter(report.statuses) + producer.answers)
+        report.plays_acknowledged = self._ledger.plays_acknowledged
+        if self._crowd is not None:
+            asked = self._crowd.asked
+            report.answers, report.refusals = dict(asked.answers), dict(asked.refusals)
+            report.partial_answers, report.statuses = asked.partial, dict(self._crowd.statuses)
         report.process_starts = {name: process.starts for name, process in self._cluster.processes.items()}
         report.snapshots = sum(each.events.get("snapshot_taken", 0) for each in self._cluster.processes.values())
         if breakage is not None:
             report.faults, report.not_struck = dict(breakage.done), dict(breakage.not_struck)
             report.cycles, report.skipped = sum(breakage.done.values()), dict(breakage.refused)
 
-    def _plays_acknowledged(self) -> int:
-        grids = self._ledger.grids.values()
-        return int(sum(grid.acknowledged.sum() + grid.taken_acknowledged.sum() for grid in grids))
-
     async def _blow(self, breakage: Breakage) -> None:
-        self._make_producers()
-        sending = [self._guarded(each.run(self._stop_traffic), each.name) for each in self._producers]
-        asking = [self._guarded(each, "an asker") for each in self._questions()]
-        watching = self._guarded(self._watch_memory(), "the meter")
+        owners = Owners(self._cluster.owners, SHARDS)
+        scene = Scene(self._cluster.addresses, SHARDS, owners, self._weather, self._ledger)
+        crowd = self._crowd = Crowd(scene, self.plan.seed, self.plan.plays_per_second, self._find, self._wrong)
+        crowd.send()
+        crowd.ask()
+        watching = asyncio.create_task(self._watch_memory())
         began = time.monotonic()
         self._until = began + self.plan.seconds
         self._next_calm = began + self.plan.calm_every_seconds
         try:
-            await asyncio.gather(*(self._run_lane(number, breakage) for number in range(self.plan.lanes)))
+            await asyncio.gather(*(self._run_lane(number, breakage, crowd) for number in range(self.plan.lanes)))
             self._tell(f"{sum(breakage.done.values())} faults are over; everybody brings home what is under way")
             await breakage.heal()
-            self._stop_traffic.set()
-            await self._wait_home(sending)
-            await self._compare(breakage)
+            await self._compare(breakage, crowd)
         finally:
-            self._stop_traffic.set()
-            self._stop_questions.set()
-            tasks = [*sending, *asking, watching]
             watching.cancel()
-            await asyncio.wait(tasks, timeout=20)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _guarded(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        async def run() -> None:
-            try:
-                await work
-            except Exception as error:
-                self._find(f"{name} failed: {error!r}\n{traceback.format_exc()}")
-
-        return asyncio.create_task(run(), name=name)
-
-    def _make_producers(self) -> None:
-        plan, ledger = self.plan, self._ledger
-        target = list(self._cluster.addresses.values())
-        # gRPC's own retries would hide what they are answered.
-        self._raw = [open_channel(address, options=[("grpc.enable_retries", 0)]) for address in target]
-        numbers = (plan.seed * 1000 + number for number in itertools.count())
-        columns = ColumnsProducer(
-            "columns", ledger, self._find, next(numbers), target, plays_per_second=plan.plays_per_second
-        )
-        singles = [
-            SingleProducer(f"single-{n}", ledger, self._find, next(numbers), target[:: 1 - 2 * n]) for n in (0, 1)
-        ]
-        raw: list[RawProducer] = [
-            UnaryProducer(f"unary-{n}", ledger, self._find, next(numbers), self._raw) for n in (0, 1)
-        ]
-        raw += [StreamProducer(f"stream-{n}", ledger, self._find, next(numbers), self._raw) for n in (0, 1)]
-        self._producers = [columns, *singles, *raw]
-
-    def _asker(self, gateways: tuple[str, ...], seed: int) -> Asker:
-        target = [self._cluster.addresses[name] for name in gateways]
-        owners = verdict.Owners(self._cluster.owners, SHARDS)
-        return Asker(gateways, target, self._ledger, owners, self._weather, self._asked, self._wrong, seed)
-
-    def _questions(self) -> Iterator[Coroutine[Any, Any, None]]:
-        for number, gateways in enumerate([*((name,) for name in GATEWAYS), GATEWAYS]):
-            yield self._asker(gateways, self.plan.seed + number).run(self._stop_questions)
-        watches = (("global", "", 50), ("global", "US", 10), ("sliding:5m", "", 20))
-        for number, (window, chart, k) in enumerate(watches):
-            asker = self._asker(GATEWAYS, self.plan.seed + 100 + number)
-            yield asker.watch(self._stop_questions, window, chart, k, self._watched if not chart else {})
+            await asyncio.gather(watching, crowd.close(), return_exceptions=True)
 
     # --- Faults -------------------------------------------------------------------------------------------------------
 
-    async def _run_lane(self, number: int, breakage: Breakage) -> None:
+    async def _run_lane(self, number: int, breakage: Breakage, crowd: Crowd) -> None:
         kinds = KILLS if self.plan.kills else KINDS
         faults = lane(f"{self.plan.seed} lane {number}", kinds, SHARDS, GATEWAYS)
         while not self._over(breakage):
             if time.monotonic() > self._next_calm:
-                await self._wait_calm()
+                await self._wait_calm(crowd)
                 continue
             fault: Fault = next(faults)
             await asyncio.sleep(fault.pause_seconds)
@@ -308,38 +238,27 @@ class Storm:
             return sum(breakage.done[kind] for kind in KILLS) >= self.plan.kills
         return time.monotonic() >= self._until
 
-    async def _wait_calm(self) -> None:
+    async def _wait_calm(self, crowd: Crowd) -> None:
         """Lets everything recover by itself, and measures how long that takes."""
         try:
             if await self._calm.wait() == 0:
                 began = time.monotonic()
-                await self._recovered(began)
+                if silent := await crowd.get_on(CALM_SECONDS):
+                    self._find(f"{CALM_SECONDS:g} s after the last fault {', '.join(silent)} did not get on")
                 self.report.calms += 1
                 self.report.calm_seconds_max = max(self.report.calm_seconds_max, time.monotonic() - began)
                 self._next_calm = time.monotonic() + self.plan.calm_every_seconds
                 self._weather.forget(time.monotonic() - 300)
-                self._tell(self._progress())
+                self._tell(self._progress(crowd))
             await self._calm.wait()
         except asyncio.BrokenBarrierError:
             self._next_calm = time.monotonic() + self.plan.calm_every_seconds
 
-    async def _recovered(self, began: float) -> None:
-        """Returns when each gateway has answered wholly, and each producer was acknowledged something, since then."""
-        while True:
-            silent = [name for name in GATEWAYS if self._asked.answered_at.get(name, 0) < began]
-            silent += [each.name for each in self._producers if each.progress_at < began]
-            if not silent:
-                return
-            if time.monotonic() > began + CALM_SECONDS:
-                self._find(f"{CALM_SECONDS:g} s after the last fault {', '.join(silent)} did not get on")
-                return
-            await asyncio.sleep(0.05)
-
-    def _progress(self) -> str:
+    def _progress(self, crowd: Crowd) -> str:
         done = sum(self._breakage.done.values()) if self._breakage is not None else 0
         return (
-            f"{time.monotonic() - self._began:6.0f} s: {done} faults, {self._plays_acknowledged():,} plays,"
-            f" {sum(self._asked.answers.values()):,} answers, recovered within {self.report.calm_seconds_max:.1f} s"
+            f"{time.monotonic() - self._began:6.0f} s: {done} faults, {self._ledger.plays_acknowledged:,} plays,"
+            f" {crowd.asked.answers.total():,} answers, recovered within {self.report.calm_seconds_max:.1f} s"
         )
 
     async def _watch_memory(self) -> None:
@@ -353,32 +272,22 @@ class Storm:
 
     # --- The end ------------------------------------------------------------------------------------------------------
 
-    async def _wait_home(self, sending: list[asyncio.Task[None]]) -> None:
-        began = time.monotonic()
-        _, late = await asyncio.wait(sending, timeout=CALM_SECONDS)
-        if late:
-            self._find(
-                f"{CALM_SECONDS:g} s after the last fault these are still sending: {[t.get_name() for t in late]}"
-            )
-            for task in late:
-                task.cancel()
-        elif not self._ledger.all_acknowledged:
-            self._find("all producers are done, and not everything is acknowledged")
-        self.report.calm_seconds_max = max(self.report.calm_seconds_max, time.monotonic() - began)
-
-    async def _compare(self, breakage: Breakage) -> None:
+    async def _compare(self, breakage: Breakage, crowd: Crowd) -> None:
         """Everything exactly: from both gateways, then again after a kill of all processes."""
         report = self.report
-        self._tell(f"comparing with the oracle: {self._plays_acknowledged():,} plays")
-        if not self._ledger.all_acknowledged:
+        began = time.monotonic()
+        home = await crowd.bring_home(CALM_SECONDS)
+        report.calm_seconds_max = max(report.calm_seconds_max, time.monotonic() - began)
+        self._tell(f"comparing with the oracle: {self._ledger.plays_acknowledged:,} plays")
+        if not home:
             return  # nothing is known exactly, and a finding already
         comparison = await asyncio.to_thread(
             Comparison, self._ledger, self._cluster.addresses, self._wrong, self.plan.seed, CALM_SECONDS
         )
         report.lost, report.double = await comparison.counts()
         await comparison.windows()
-        await comparison.watch(self._watched)
-        self._stop_questions.set()
+        await comparison.watch(crowd.watched)
+        crowd.stop_asking()
         breakage.note("kill everything")
         with self._weather.broken(*SHARDS, *GATEWAYS):
             await self._cluster.kill_everything()

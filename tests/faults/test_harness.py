@@ -133,7 +133,7 @@ def test_songs_of_a_missing_shard_are_not_asked_for() -> None:
     owners = verdict.Owners([0, 1, 2, 0], SHARDS)
     left = owners.without(["shard-1"])
     assert 0 < left.sum() < len(NAMES)
-    assert (verdict.limited(left, TRUTH).low[~left] == 0).all()
+    assert (verdict.of_some(TRUTH, left).low[~left] == 0).all()
 
 
 def test_weather_excuses_only_what_was_broken_a_moment_ago() -> None:

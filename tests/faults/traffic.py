@@ -255,9 +255,13 @@ class RawProducer(Producer):
 
     def batch(self) -> tuple[bytes, Plays]:
         """The next one."""
-        self.sequence += 1
         correction = self.correction() if self.chance.random() < 0.2 else None
         plays = correction or (self.now if self.chance.random() < 0.7 else self.past)(self.chance.randrange(1, 80))
+        return self.request(plays), plays
+
+    def request(self, plays: Plays) -> bytes:
+        """A RecordPlaysRequest with the next batch."""
+        self.sequence += 1
         batch = PlayBatch(producer_id=self.name, sequence=self.sequence, first_sent_ms=now_ms())
         times = self.ledger.times_ms(plays)
         for row in range(len(plays)):
@@ -267,7 +271,7 @@ class RawProducer(Producer):
                 count=int(plays.counts[row]),
                 charts=SETS[plays.sets[row]],
             )
-        return pb.RecordPlaysRequest(batch=batch).SerializeToString(), plays
+        return pb.RecordPlaysRequest(batch=batch).SerializeToString()
 
     def check(self, raw: bytes, sequence: int, rows: int) -> None:
         response = pb.RecordPlaysResponse.FromString(raw)

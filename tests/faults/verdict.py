@@ -29,9 +29,11 @@ class Owners:
         return ~np.isin(self._of, [self._shards.index(shard) for shard in missing])
 
 
-def limited(to: NDArray[np.bool_], truth: Range) -> Range:
-    """What remains of a range when only some songs are asked for."""
-    return Range(np.where(to, truth.low, 0), np.where(to, truth.high, 0))
+def of_some(truth: Range, songs: NDArray[np.bool_] | None) -> Range:
+    """What remains of a range when only some songs are answered for; None: nobody knows which."""
+    if songs is None:
+        return Range(np.zeros_like(truth.low), truth.high)
+    return Range(np.where(songs, truth.low, 0), np.where(songs, truth.high, 0))
 
 
 def order_of(entries: Sequence[Entry], first_rank: int = 1) -> Iterator[str]:
@@ -51,7 +53,7 @@ def certificate(said: Certificate, truth: Range) -> Iterator[str]:
     if not low <= said.total_plays <= high:
         yield f"total_plays is {said.total_plays}, and has to lie in {low} to {high}"
     surely, possibly = int((truth.low > 0).sum()), int((truth.high > 0).sum())
-    if not surely <= said.distinct_songs <= possibly:
+    if said.distinct_songs is None or not surely <= said.distinct_songs <= possibly:
         yield f"distinct_songs is {said.distinct_songs}, and has to lie in {surely} to {possibly}"
 
 
@@ -66,7 +68,7 @@ def top_k(answer: Answer, k: int, truth: Range) -> Iterator[str]:
         listed[song] = True
         if not truth.low[song] <= entry.count <= truth.high[song]:
             yield f"{entry.song_id} has {entry.count}, and must have {truth.low[song]} to {truth.high[song]}"
-    if len(answer.entries) != min(k, answer.certificate.distinct_songs):
+    if len(answer.entries) != min(k, answer.certificate.distinct_songs or 0):
         yield f"{len(answer.entries)} entries of {answer.certificate.distinct_songs} songs for k {k}"
     if sum(entry.count for entry in answer.entries) + answer.certificate.other_plays != answer.certificate.total_plays:
         yield "the entries and other_plays do not add up to total_plays"

@@ -175,7 +175,7 @@ def split_batches(data: bytes) -> None:
     valid = [
         reason == 0 and owner >= 0 for reason, owner in zip(columns.reasons.tolist(), where, strict=True)
     ]  # fmt: skip
-    made = split.split_batch(data, columns, hashes, np.array(owners, np.int32), shards, resolution)
+    made = split.split_batch(data, columns, hashes, hashes, np.array(owners, np.int32), shards, resolution)
     stands_for = made.stands_for.tolist()
     assert [one >= 0 for one in stands_for] == valid
     assert made.plays == sum(valid)

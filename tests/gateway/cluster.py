@@ -238,11 +238,13 @@ class Cluster:
         self.gateways: list[Gateway] = []
         self._stack = contextlib.AsyncExitStack()
 
-    async def begin(self, shards: int = 2, resolution_ms: int = 1000, **shard_changes: Any) -> None:
+    async def begin(
+        self, shards: int = 2, resolution_ms: int = 1000, *, partitioner: str = "ring", **shard_changes: Any
+    ) -> None:
         names = [f"shard-{number}" for number in range(shards)]
-        owners = plan_owners("ring", names, SLOTS)
+        owners = plan_owners(partitioner, names, SLOTS)
         infos = tuple(ShardInfo(name) for name in names)
-        cluster = ClusterSettings(SLOTS, "ring", resolution_ms)
+        cluster = ClusterSettings(SLOTS, partitioner, resolution_ms)
         await self.store.compare_and_set(Topology(CLUSTER_ID, 1, cluster, infos, owners))
         self.shards = [ShardServer(name, self._path / name, self.store, **shard_changes) for name in names]
         for shard in self.shards:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.cluster.processes import GLOBAL
 from tests.engine.engine_shard import DAY, NOW, append_request
 from tests.gateway.cluster import SLOTS, Cluster, Gateway, batch, record, rejects, stream_request
 from tests.oracle import ModelPart, Tally, slot_of
@@ -22,6 +24,7 @@ from topk_grpc.errors import (
     ProducerExpiredError,
     ResourceExhaustedError,
 )
+from topk_grpc.gateway.routing import REFRESH_SECONDS, Routing
 from topk_grpc.model import COUNT_MAX, Play
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.rpc.status import from_rpc_error, is_retriable
@@ -413,6 +416,111 @@ async def test_stale_routing_is_mended_and_each_play_counts_where_it_lives_now(c
         assert after[where][index] == before[where][index] + 1
         assert after[1 - where][index] == before[1 - where][index]
     assert gateway.watch.current.topology.epoch == (await cluster.store.read()).epoch
+
+
+async def move_silently(cluster: Cluster, gateway: Gateway, slots: list[int]) -> None:
+    """Slots go from the first shard to the second; the gateway hears nothing, and the store is gone."""
+    gateway.watch._task.cancel()
+    await until(gateway.watch._task.done)
+    (cluster._path / "topology.json").unlink()
+    first, second = cluster.shards
+    first.core.state.owned[slots] = 0
+    first.core.state.ownership.gone_to.update(dict.fromkeys(slots, "shard-1"))
+    second.core.state.own(slots)
+
+
+async def test_a_shard_names_the_new_owner_of_its_slots_and_the_store_is_not_needed(cluster: Cluster) -> None:
+    await cluster.begin(shards=2)
+    gateway = await cluster.gateway(record_seconds=10)
+    owners = (await cluster.store.read()).owners
+    moved = [slot for slot, owner in enumerate(owners) if owner == 0][:3]
+    await move_silently(cluster, gateway, moved)
+    for sequence in (1, 2):
+        response = await record(gateway, batch(sequence, plays_of(sequence)))
+        assert (response.accepted, response.duplicate) == (41, False)
+    there = [song for song in COMMON_SONGS if slot_of(song, SLOTS) in moved]
+    assert there
+    assert cluster.shards[1].counted(there) == [2] * len(there)
+    check_counted(cluster, 2)
+    assert list(gateway.watch.current.topology.owners) == list(owners)
+    assert [int(gateway.watch.current.owners[slot]) for slot in moved] == [1, 1, 1]
+
+
+async def test_a_newer_topology_takes_the_place_of_what_was_learned(cluster: Cluster) -> None:
+    await cluster.begin(shards=2)
+    gateway = await cluster.gateway()
+    topology = await cluster.store.read()
+    slot = topology.owners.index(0)
+    assert gateway.watch.learn("shard-1", [slot], ["shard-1"])  # it is not routed to that one
+    assert not gateway.watch.learn("shard-0", [slot], [""])
+    assert not gateway.watch.learn("shard-0", [slot], ["shard-9"])
+    assert not gateway.watch.learn("shard-0", [slot], [])
+    assert gateway.watch.current.owners.tolist() == list(topology.owners)
+    assert gateway.watch.learn("shard-0", [slot], ["shard-1"])
+    assert gateway.watch.current.owners[slot] == 1
+    assert gateway.watch.learn("shard-0", [slot], ["shard-0"])  # said before it was learned
+    assert gateway.watch.current.owners[slot] == 1
+    await cluster.change_owners(topology.owners)
+    assert (await gateway.watch.refresh()).owners.tolist() == list(topology.owners)
+
+
+async def test_shards_that_name_each_other_are_not_asked_without_a_pause(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cluster.begin(shards=2)
+    gateway = await cluster.gateway()
+    owners = (await cluster.store.read()).owners
+    slot = owners.index(0)
+    (song,) = await cluster.songs_of(0, 1, slot)
+    await move_silently(cluster, gateway, [slot])
+    cluster.shards[1].core.state.owned[slot] = 0
+    cluster.shards[1].core.state.ownership.gone_to[slot] = "shard-0"
+    sends = 0
+    send = gateway.recorder._send
+
+    async def counted(*arguments: Any) -> Any:
+        nonlocal sends
+        sends += 1
+        return await send(*arguments)
+
+    monkeypatch.setattr(gateway.recorder, "_send", counted)
+    waiting = asyncio.create_task(record(gateway, batch(1, [Play(song, NOW)])))
+    await asyncio.sleep(0.5)
+    assert not waiting.done()
+    assert 3 < sends <= 2 * 0.5 / 0.02 + 2
+    cluster.shards[1].core.state.own([slot])
+    assert (await waiting).accepted == 1
+    assert cluster.shards[1].counted([song]) == [1]
+
+
+async def test_a_query_finds_slots_at_a_shard_that_should_own_none(cluster: Cluster) -> None:
+    await cluster.begin(shards=2)
+    first, second = cluster.shards
+    second.core.state.owned[:] = 0
+    first.core.state.own(range(SLOTS))
+    await cluster.change_owners([0] * SLOTS)
+    gateway = await cluster.gateway(query_seconds=5)
+    moved = [slot_of(song, SLOTS) for song in COMMON_SONGS[:2]]
+    await move_silently(cluster, gateway, moved)
+    await record(gateway, batch(1, plays_of(1)))
+    gateway.watch.current = Routing.of(gateway.watch.current.topology)  # it has learned nothing
+    answer = await gateway.stub.GetTopK(pb.GetTopKRequest(window=GLOBAL, k=100))
+    assert answer.certificate.complete
+    assert {entry.song_id: entry.count for entry in answer.entries} == dict.fromkeys([*COMMON_SONGS, "batch-1"], 1)
+
+
+async def test_a_store_that_hangs_holds_nobody_up_beyond_his_time(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cluster.begin(shards=2)
+    gateway = await cluster.gateway(query_seconds=2)
+    monkeypatch.setattr(cluster.store, "read", asyncio.Event().wait)
+    await cluster.shards[0].kill()
+    began = time.monotonic()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await gateway.stub.GetTopK(pb.GetTopKRequest(window=GLOBAL, k=1), timeout=30)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert time.monotonic() - began < 2 + 2 * REFRESH_SECONDS
 
 
 async def test_a_part_that_was_counted_before_its_slot_moved_makes_no_false_duplicate(cluster: Cluster) -> None:

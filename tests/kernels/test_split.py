@@ -39,7 +39,7 @@ def split(
     columns = kernels.wire.decode_batch(data, spans, 128, 8, 64, len(plays))
     if hashes is None:
         hashes = kernels.hash.hash_strings(data, columns.song_starts, columns.song_sizes)
-    made = kernels.split.split_batch(data, columns, hashes, np.array(owners, np.int32), shards, resolution)
+    made = kernels.split.split_batch(data, columns, hashes, hashes, np.array(owners, np.int32), shards, resolution)
     header = kernels.encode.batch_header(b"p", 1, 0)
     parts = [shard_service_pb2.ShardBatch.FromString(header + bytes(part)) for part in made.parts]
     assert all(part.producer_id == "p" and part.sequence == 1 for part in parts)
@@ -113,7 +113,7 @@ play_lists = st.lists(
 
 
 @examples(200)
-@given(data=st.data(), plays=play_lists, resolution=st.sampled_from([1, 2, 7, 1000, 3_600_000]))
+@given(data=st.data(), plays=play_lists, resolution=st.sampled_from([1, 2, 7, 1000, 3_600_000, 1 << 33]))
 def test_parts_hold_every_play_once(kernels: Kernels, data: st.DataObject, plays: list[Play], resolution: int) -> None:
     shards = data.draw(st.integers(1, 4))
     slots = data.draw(st.sampled_from([1, 3, 8, 16]))
@@ -209,3 +209,18 @@ def test_many_plays(kernels: Kernels) -> None:
         )
     ]
     check(kernels, plays, random.integers(-1, 5, 1024).tolist(), 5, 1000)
+
+
+def test_plays_go_to_the_slot_of_their_key_and_are_combined_by_their_song(kernels: Kernels) -> None:
+    """Where a batch has one slot, all of it goes to one shard."""
+    data = kernels.encode.encode_batch(b"p", 1, 0, ("a", "b", "a", "c"), (TIME,) * 4, (1, 1, 2, 1), ((),) * 4)
+    spans, _ = kernels.wire.message_spans(data, 0, len(data), 1)
+    owners = np.array([0, 1, 2, 3, -1], np.int32)
+    for slot in range(5):
+        columns = kernels.wire.decode_batch(data, spans, 128, 8, 64, 4)
+        hashes = kernels.hash.hash_strings(data, columns.song_starts, columns.song_sizes)
+        keys = np.full(4, 5 * 7 + slot, np.uint64)
+        made = kernels.split.split_batch(data, columns, hashes, keys, owners, 4, 1000)
+        assert made.plays == (4 if slot < 4 else 0)
+        assert made.stands_for.tolist() == ([0, 1, 0, 3] if slot < 4 else [-1] * 4)
+        assert [bool(len(part)) for part in made.parts] == [shard == slot for shard in range(4)]

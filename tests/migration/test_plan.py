@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topk_grpc.errors import InvalidArgumentError
@@ -108,6 +108,7 @@ def test_those_that_drain_go_first() -> None:
     assert {one.source for one in left} > {"c"}
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_whatever_joins_and_drains_meanwhile_everybody_ends_within_the_bound(data: st.DataObject) -> None:
     """Plans replace each other while they are carried out, and the topology is whole all the time."""

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,7 +170,7 @@ async def test_open_store_reads_file_urls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "file:", "/tmp/t.json", "etcd://127.0.0.1:2379/topk", "file://host/t.json", "nope:x"]
+    "url", ["", "file:", "/tmp/t.json", "etcd:/127.0.0.1:2379/topk", "file://host/t.json", "nope:x"]
 )
 def test_open_store_names_what_it_takes(url: str) -> None:
     with pytest.raises(TopologyError, match="file:PATH"):

@@ -16,7 +16,6 @@ from topk_grpc.cli.progress import Progress
 from topk_grpc.cli.shard_directories import ShardDirectories, address_of, find, is_in_use
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import TopKError, TopologyError
-from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
 from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.rpc.status import from_rpc_error
@@ -24,6 +23,7 @@ from topk_grpc.shard.audit import OnBytes, Report, Served, audit_live, audit_req
 from topk_grpc.shard.losses import losses
 from topk_grpc.storage import DataDirectory
 from topk_grpc.storage.repair import Cut, repair_tail
+from topk_grpc.topology import StoreAccess
 
 _SECONDS: Final = 300.0
 _LINES_MAX: Final = 50
@@ -31,23 +31,27 @@ _LINES_MAX: Final = 50
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the command line said."""
+    """What the command line said.
+
+    Attributes:
+        data_dir: of a cluster, or of one shard.
+        shard_ids: only these; none: all.
+        reach: the way to topology and shards, which is a gateway's. Its topology is empty where none was named.
+        json: print JSON.
+    """
 
     data_dir: Path
     shard_ids: Sequence[str]
-    topology: str
+    reach: GatewaySettings
     json: bool
-    tls_ca: str = ""
-    tls_cert: str = ""
-    tls_key: str = ""
-    plaintext: bool = False
 
-    def channels(self, topology: Topology) -> ShardChannels:
-        """The way to the cluster's shards, which is a gateway's."""
-        settings = GatewaySettings(
-            topology="-", tls_ca=self.tls_ca, tls_cert=self.tls_cert, tls_key=self.tls_key, plaintext=self.plaintext
-        )
-        return ShardChannels(settings, topology.cluster_id, topology.secret)
+    def find(self) -> ShardDirectories:
+        """The directories that are meant.
+
+        Raises:
+            TopKError: there are none.
+        """
+        return find(self.data_dir, self.shard_ids, self.reach.topology, StoreAccess.of(self.reach))
 
 
 def run(request: Request) -> None:
@@ -57,7 +61,7 @@ def run(request: Request) -> None:
         typer.Exit: with 1, where counts differ or a shard could not be audited.
         TopKError: there is nothing to audit.
     """
-    found = find(request.data_dir, request.shard_ids, request.topology)
+    found = request.find()
     told: list[dict[str, Any]] = []
     failed = False
     with Progress() as progress:
@@ -94,7 +98,8 @@ def _audit(request: Request, found: ShardDirectories, shard_id: str, path: Path,
             f"a process has {path}, but where {shard_id} is reached stands in no topology: name --topology, and"
             " --shard-id as it is called there"
         )
-    channels, address = request.channels(topology), address_of(topology, shard_id)
+    address = address_of(topology, shard_id)
+    channels = ShardChannels(request.reach, topology.cluster_id, topology.secret)
 
     def ask(slots: Sequence[int]) -> Served:
         return asyncio.run(_ask(channels, address, shard_id, slots))
@@ -142,7 +147,7 @@ def run_repair(request: Request) -> None:
     Raises:
         TopKError: a process has a directory, or the damage cannot be cut off.
     """
-    found = find(request.data_dir, request.shard_ids, request.topology)
+    found = request.find()
     told = []
     for shard_id, path in found.shards.items():
         DataDirectory.look(path)  # never make one here

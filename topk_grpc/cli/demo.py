@@ -33,7 +33,7 @@ from topk_grpc.cli.serve import SLOW_KERNELS
 from topk_grpc.cli.tally import Stream, Verdict, compare
 from topk_grpc.client import TopKClient
 from topk_grpc.errors import TopKError, UnavailableError
-from topk_grpc.pb.topk.v1.admin_service_pb2 import AddShardsRequest, AddShardsResponse
+from topk_grpc.pb.topk.v1.admin_service_pb2 import AddShardsRequest
 
 _SONGS_COMPILED: Final = 1_000_000
 _SONGS_PURE: Final = 30_000
@@ -178,8 +178,8 @@ class _Demo:
         """Adds a shard, as `topk cluster add` does; returns when it has its share of the slots."""
         gateway = Reach(cluster.address)
         before = (await client.describe()).slots_moved
-        added: AddShardsResponse = await call_async(gateway, "AddShards", AddShardsRequest(count=1))
-        (shard_id,) = added.shard_ids
+        shard_id: str
+        (shard_id,) = (await call_async(gateway, "AddShards", AddShardsRequest(count=1))).shard_ids
         progress.note(f"3. topk cluster add: {shard_id} joins, and gets its share of what is counted already")
         moved = await watch_joining(gateway, [shard_id], before, progress)
         described = await client.describe()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -34,6 +35,16 @@ app.add_typer(cluster_app, name="cluster")
 token_app: Final = typer.Typer(help="Tokens, which clients show to gateways.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
 
+
+class Partitioner(StrEnum):
+    """The names of ring/partitioners.py, which is not imported for them: it takes its time."""
+
+    RING = "ring"
+    MODULO = "modulo"
+    ROUND_ROBIN = "round_robin"
+
+
+SLOTS_MAX: Final = 16_384
 UNREACHED: Final = Reach()  # stands in the signatures; `with_reach` gives the real one
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Window = Annotated[
@@ -41,7 +52,8 @@ Window = Annotated[
     typer.Option(
         "--window",
         "-w",
-        help="global, tumbling:SIZE[@OFFSET] (tumbling:1d, tumbling:7d@4d), sliding:SIZE[/SLIDE] (sliding:10m/1m, "
+        # What stands in brackets would be taken for markup.
+        help=r"global, tumbling:SIZE\[@OFFSET] (tumbling:1d, tumbling:7d@4d), sliding:SIZE\[/SLIDE] (sliding:10m/1m, "
         "sliding:10m), session:GAP (session:15m) or range:START..END.",
     ),
 ]
@@ -56,16 +68,6 @@ AsOf = Annotated[
     ),
 ]
 AllowPartial = Annotated[bool, typer.Option(help="Answer without the shards that are down, instead of failing.")]
-
-
-class Partitioner(StrEnum):
-    """The names of ring/plan.py, which is not imported for them: it takes its time."""
-
-    RING = "ring"
-    MODULO = "modulo"
-
-
-SLOTS_MAX: Final = 65_536
 
 
 def _print_version(asked: bool) -> None:
@@ -101,6 +103,7 @@ def up(  # noqa: PLR0917  # typer makes options of them
     partitioner: Annotated[
         Partitioner | None,
         typer.Option(
+            envvar="TOPK_PARTITIONER",
             help="How a new cluster places plays; fixed from then on. ring is for production, the others are what it "
             "is compared with. Default: as the data directory has, or ring in a new one.",
         ),
@@ -108,6 +111,7 @@ def up(  # noqa: PLR0917  # typer makes options of them
     slots: Annotated[
         int | None,
         typer.Option(
+            envvar="TOPK_SLOTS",
             min=1,
             max=SLOTS_MAX,
             help="How many slots a new cluster has, which bounds its shards; fixed from then on. Default: as the data "
@@ -441,11 +445,15 @@ ShardIds = Annotated[
 ]
 TopologyUrl = Annotated[
     str,
-    typer.Option(envvar="TOPK_TOPOLOGY", help="Where the topology is, for a shard that was not started by `topk up`."),
+    typer.Option(
+        envvar="TOPK_TOPOLOGY",
+        help="Where the topology is, file:PATH or etcd://…, for a shard that was not started by `topk up`.",
+    ),
 ]
 
 
-@app.command()
+@app.command("audit")
+@settings.with_store
 def audit(  # noqa: PLR0917  # typer makes options of them
     data_dir: DataDir,
     shard_id: ShardIds = None,
@@ -472,6 +480,8 @@ def audit(  # noqa: PLR0917  # typer makes options of them
         typer.Option("--plaintext", envvar="TOPK_PLAINTEXT", help="Also ask shards of other machines without TLS."),
     ] = False,
     json: Json = False,
+    *,
+    store: Mapping[str, Any],
 ) -> None:
     """Count everything anew from snapshots and log, and compare it with what the shards serve, while they serve.
 
@@ -479,7 +489,10 @@ def audit(  # noqa: PLR0917  # typer makes options of them
     """
     from topk_grpc.cli.audit import Request, run, run_repair
 
-    request = Request(data_dir, shard_id or [], topology, json, tls_ca, tls_cert, tls_key, plaintext)
+    reach = GatewaySettings(
+        topology=topology, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, plaintext=plaintext, **store
+    )
+    request = Request(data_dir, shard_id or [], reach, json)
     (run_repair if repair_tail else run)(request)
 
 
@@ -553,9 +566,14 @@ def restore(  # noqa: PLR0917  # typer makes options of them
 # --- Show and measure -------------------------------------------------------------------------------------------------
 
 
-@app.command()
+bench_app: Final = typer.Typer(invoke_without_command=True)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
 @with_reach
 def bench(  # noqa: PLR0917  # typer makes options of them
+    context: typer.Context,
     seconds: Annotated[float, typer.Option(min=0.1, max=86_400, help="How long to send.")] = 10,
     songs: Annotated[int, typer.Option(min=1, max=50_000_000, help="Different songs.")] = 1_000_000,
     zipf: Annotated[float, typer.Option(min=0, max=5, help="Exponent of the songs' popularity; 0: all alike.")] = 1.0,
@@ -567,9 +585,32 @@ def bench(  # noqa: PLR0917  # typer makes options of them
     json: Json = False,
 ) -> None:
     """Load a running cluster with generated plays and measure it. The plays stay in the cluster."""
-    from topk_grpc.cli.bench import Load, run
+    if context.invoked_subcommand is None:
+        from topk_grpc.cli.bench import Load, run
 
-    run(Load(seconds, songs, zipf, batch_plays, producers, in_flight, seed), gateway, json)
+        run(Load(seconds, songs, zipf, batch_plays, producers, in_flight, seed), gateway, json)
+
+
+@bench_app.command("partitioners")
+def bench_partitioners(  # noqa: PLR0917  # typer makes options of them
+    shards: Annotated[int, typer.Option(min=2, max=16, help="Shards of each cluster.")] = 4,
+    slots: Annotated[int, typer.Option(min=32, max=SLOTS_MAX, help="Slots of each cluster.")] = 1024,
+    plays: Annotated[int, typer.Option(min=1, max=100_000_000, help="Plays sent to each cluster.")] = 1_000_000,
+    songs: Annotated[int, typer.Option(min=1, max=50_000_000, help="Different songs.")] = 100_000,
+    zipf: Annotated[float, typer.Option(min=0, max=5, help="Exponent of the songs' popularity; 0: all alike.")] = 1.0,
+    batch_plays: Annotated[int, typer.Option(min=1, max=65_536, help="Plays a batch.")] = 1000,
+    producers: Annotated[int, typer.Option(min=1, max=64, help="Producers that send the batches in turn.")] = 4,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, max=10_000, help="Of the query.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the songs drawn.")] = 1,
+    json: Json = False,
+) -> None:
+    """Compare the partitioners: how even they are, what moves with a shard, what a query costs, and if it is right.
+
+    Starts a cluster of each on this machine, in a temporary directory. Exit status 1 if a cluster answered wrongly.
+    """
+    from topk_grpc.cli.bench_partitioners import Options, run
+
+    raise typer.Exit(run(Options(shards, slots, plays, songs, zipf, batch_plays, producers, k, seed), json))
 
 
 @app.command()

@@ -106,7 +106,8 @@ def run_charts(gateway: Reach, as_json: bool) -> None:
     table.add_column("plays", justify="right")
     table.add_column("songs", justify="right")
     for chart in charts:
-        table.add_row(escape(chart.chart), f"{chart.total_plays:,}", f"{chart.distinct_songs:,}")
+        songs = "unknown" if chart.distinct_songs is None else f"{chart.distinct_songs:,}"
+        table.add_row(escape(chart.chart), f"{chart.total_plays:,}", songs)
     Console().print(table)
 
 
@@ -157,8 +158,9 @@ def certificate_line(certificate: Certificate) -> str:
     missing = ", ".join(certificate.missing_shards)
     complete = "exact, all shards answered" if certificate.complete else f"PARTIAL, without {missing}"
     watermark = format_time(certificate.watermark_ms) if certificate.watermark_ms else "none yet"
+    songs = "" if certificate.distinct_songs is None else f" of {certificate.distinct_songs:,} songs"
     return escape(
-        f"{certificate.total_plays:,} plays of {certificate.distinct_songs:,} songs; {complete}; "
+        f"{certificate.total_plays:,} plays{songs}; {complete}; "
         f"{certificate.finality.value.lower()}; newest play {watermark}; epoch {certificate.epoch}"
     )
 

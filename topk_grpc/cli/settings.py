@@ -12,8 +12,18 @@ from typing import Any, Final
 
 import typer
 
-from topk_grpc.config import ControllerSettings, GatewaySettings, SettingInfo, ShardSettings, describe
+from topk_grpc.config import (
+    ControllerSettings,
+    GatewaySettings,
+    ServerSettings,
+    SettingInfo,
+    ShardSettings,
+    describe,
+)
 from topk_grpc.errors import SettingError
+
+STORE: Final = ("etcd_ca", "etcd_cert", "etcd_key", "etcd_user", "etcd_password_file")
+"""Settings of the way to a topology store."""
 
 ROLES: Final[Mapping[str, type]] = {
     "topk shard": ShardSettings,
@@ -26,9 +36,9 @@ OWNED_BY_UP: Final = frozenset(
     {"topology", "listen", "health_port", "metrics_port", "exit_with_stdin"}
     | {"shard_id", "data_dir", "advertise", "join"}
     | {"create_shards", "shard_prefix", "partitioner", "slots"}
-    | {"topology_wait_seconds", "etcd_ca", "etcd_cert", "etcd_key", "etcd_user", "etcd_password_file"}
+    | {"topology_wait_seconds", *STORE}
 )
-"""Settings that `topk up` decides for its children."""
+"""Settings that `topk up` decides for its children, or has no use for: its topology is a file."""
 
 
 def command_from(settings_class: type, run: Callable[[Any], None]) -> Callable[..., None]:
@@ -71,16 +81,40 @@ def with_tunables(command: Callable[..., None]) -> Callable[..., None]:
         command: takes its own parameters and, as `environment`, a mapping of the tunables given, by variable.
     """
     infos = tunables()
-    own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "environment"]
+
+    def environment(values: Mapping[str, Any]) -> dict[str, str]:
+        given = {info.variable: values[info.name] for info in infos if values[info.name] is not None}
+        return {variable: _as_text(value) for variable, value in given.items()}
+
+    options = [_parameter(info, None, "Settings of the servers") for info in infos]
+    return _with_options(command, options, "environment", environment)
+
+
+def with_store(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of the way to a topology store to a command.
+
+    Args:
+        command: takes its own parameters and, as `store`, a mapping of these settings, by name.
+    """
+    infos = [info for info in describe(ServerSettings) if info.name in STORE]
+    options = [_parameter(info, info.default, "Where the topology is in etcd") for info in infos]
+    return _with_options(command, options, "store", lambda values: {info.name: values[info.name] for info in infos})
+
+
+def _with_options(
+    command: Callable[..., None],
+    options: Iterable[inspect.Parameter],
+    name: str,
+    gather: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> Callable[..., None]:
+    """A command with more options, of which it gets as the parameter `name` what `gather` makes of their values."""
+    own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != name]
     own_names = {each.name for each in own}
 
     def wrapped(**values: Any) -> None:
-        given = {info.variable: values[info.name] for info in infos if values[info.name] is not None}
-        environment = {variable: _as_text(value) for variable, value in given.items()}
-        command(**{name: values[name] for name in own_names}, environment=environment)
+        command(**{each: values[each] for each in own_names}, **{name: gather(values)})
 
-    keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
-    _give_signature(wrapped, [*keyword_only, *(_parameter(info, None, "Settings of the servers") for info in infos)])
+    _give_signature(wrapped, [*(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own), *options])
     wrapped.__doc__ = command.__doc__
     return wrapped
 

@@ -11,7 +11,7 @@ from typing import Final
 from topk_grpc.errors import InvalidArgumentError, StorageError, TopologyError
 from topk_grpc.model import Topology
 from topk_grpc.storage import OsFiles
-from topk_grpc.topology import open_store
+from topk_grpc.topology import StoreAccess, open_store
 
 TOPOLOGY: Final = "topology.json"
 FORMAT: Final = "FORMAT"
@@ -30,20 +30,24 @@ class ShardDirectories:
     shards: dict[str, Path]
 
 
-def find(data_dir: Path, shard_ids: Sequence[str], topology_url: str = "") -> ShardDirectories:
+def find(
+    data_dir: Path, shard_ids: Sequence[str], topology_url: str = "", access: StoreAccess | None = None
+) -> ShardDirectories:
     """Finds them.
 
     Args:
         data_dir: of a cluster, or of one shard.
         shard_ids: only these; none: all.
         topology_url: where the topology is, if not in the directory of the cluster.
+        access: what the store there asks for.
 
     Raises:
         InvalidArgumentError: there is no such shard.
         StorageError: the directory is neither.
     """
     inside = data_dir / TOPOLOGY
-    topology = read_topology(topology_url or f"file:{inside}") if topology_url or inside.exists() else None
+    url = topology_url or (f"file:{inside}" if inside.exists() else "")
+    topology = read_topology(url, access) if url else None
     if (data_dir / FORMAT).exists():
         if len(shard_ids) > 1:
             raise InvalidArgumentError(f"{data_dir} is the directory of one shard: name one --shard-id, or none")
@@ -59,15 +63,16 @@ def find(data_dir: Path, shard_ids: Sequence[str], topology_url: str = "") -> Sh
     return ShardDirectories(topology, {one: data_dir / one for one in shard_ids or known})
 
 
-def read_topology(url: str) -> Topology:
+def read_topology(url: str, access: StoreAccess | None = None) -> Topology:
     """Reads a topology.
 
     Raises:
         TopologyError: there is none.
+        UnavailableError: the store does not answer.
     """
 
     async def read() -> Topology:
-        store = open_store(url)
+        store = open_store(url, access)
         try:
             return await store.read()
         finally:

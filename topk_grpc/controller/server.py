@@ -14,8 +14,8 @@ from topk_grpc.migration.members import new_topology
 from topk_grpc.model import ClusterSettings, Topology
 from topk_grpc.rpc import log, startup
 from topk_grpc.rpc.lifecycle import StopRequest, graceful_stop
-from topk_grpc.rpc.server import Health, Patience, add_reflection, bind, create_server, start_health_server
-from topk_grpc.topology.store import TopologyStore, open_store
+from topk_grpc.rpc.server import Health, Patience, add_reflection, bind, create_server
+from topk_grpc.topology.store import StoreAccess, TopologyStore, open_store
 
 _HANG_SECONDS: Final = 1.0
 """What a move under way gets beyond its own time before it is left to the next controller."""
@@ -29,7 +29,7 @@ async def serve(settings: ControllerSettings) -> None:
     """
     startup.begin(settings, role="controller")
     stop = StopRequest().install(stdin=settings.exit_with_stdin, seconds=settings.stop_seconds)
-    store = open_store(settings.topology)
+    store = open_store(settings.topology, StoreAccess.of(settings))
     try:
         await _serve(settings, stop, store)
     finally:
@@ -46,9 +46,7 @@ async def _serve(settings: ControllerSettings, stop: StopRequest, store: Topolog
     add_reflection(server, [])
     servers = [server]
     address = await bind(server, settings.listen, credentials=startup.credentials_of(settings, settings.tls_ca))
-    if settings.health_port:
-        health_server, _ = await start_health_server(health, settings.listen, settings.health_port)
-        servers.append(health_server)
+    servers += await startup.serve_health(settings, health)
     await server.start()
     metrics.CONTROLLER_ACTIVE.set(0)
     try:

@@ -3,7 +3,8 @@
 Theory of operation. `Copied` takes from the state what can change (as a snapshot does), between two groups; `account`
 then works on the copies, on any thread. A digest is a sum of hashes, modulo 2^64: it does not depend on the order in
 which entries are numbered, so that a recount may number them in another one. What is hashed are names, by their XXH64,
-and counts, never numbers of entries.
+and counts, never numbers of entries. Entries go by the slot of their song's hash under every partitioner, also where
+plays are placed otherwise: here slots only say whereabouts two accounts differ.
 
 Two accounts that are equal agree on: the plays of every (chart, song), the totals of every chart, the best of each
 chart and their order, every producer's marks, and what the standing windows hold. Of sessions those are compared that

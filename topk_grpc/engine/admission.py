@@ -26,8 +26,9 @@ from topk_grpc.kernels.encode import varint
 from topk_grpc.kernels.hash import hash_strings
 from topk_grpc.kernels.marks import APPLY, DUPLICATE, NOT_OWNER, touch_slots
 from topk_grpc.kernels.wire import REASONS, PlayColumns, decode_batch, message_spans
-from topk_grpc.model import COUNT_MAX
+from topk_grpc.model import COUNT_MAX, ClusterSettings
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+from topk_grpc.ring.partitioners import partitioner_of
 
 SONG_BYTES_MAX: Final = 128
 CHARTS_PER_PLAY_MAX: Final = 8
@@ -85,6 +86,16 @@ class Part:
     outcome: pb.BatchOutcome = field(default_factory=pb.BatchOutcome)
     verdict: pb.Verdict | None = None
     changes: bool = False
+
+    def producer_id(self, request: bytes | memoryview) -> bytes:
+        """Whose batch it is of."""
+        columns = self.columns
+        return bytes(request[columns.producer_start : columns.producer_start + columns.producer_size])
+
+    def slot_keys(self, request: bytes | memoryview, cluster: ClusterSettings) -> NDArray[np.uint64]:
+        """What modulo the slots is the slot of each play, uint64[n]."""
+        keys_of = partitioner_of(cluster.partitioner).slot_keys
+        return keys_of(self.hashes, self.producer_id(request), self.columns.sequence, cluster.slots)
 
 
 @dataclass(slots=True)
@@ -182,7 +193,7 @@ def admit(state: ShardState, read: Request, limits: Limits) -> Admission:
 
 def _decide(state: ShardState, request: bytes, earlier: list[Part], part: Part, limits: Limits) -> None:
     columns = part.columns
-    producer_id = bytes(request[columns.producer_start : columns.producer_start + columns.producer_size])
+    producer_id = part.producer_id(request)
     known = state.producers.get(producer_id)
     if known is None and 0 < columns.first_sent_ms < limits.now_ms - limits.producer_ttl_ms:
         part.outcome.refusal = pb.REFUSAL_PRODUCER_EXPIRED
@@ -192,7 +203,7 @@ def _decide(state: ShardState, request: bytes, earlier: list[Part], part: Part, 
     producer = known or state.producers.get_or_add(producer_id)
     slots = np.empty(columns.count, np.int32)
     verdicts = np.zeros(state.settings.slots, np.uint8)
-    touch_slots(part.hashes, columns.count, slots, verdicts)
+    touch_slots(part.slot_keys(request, state.settings), columns.count, slots, verdicts)
     occurred = state.producers.marks.decide(verdicts, state.owned, producer.number, columns.sequence)
     part.changes = bool(occurred & 1 << APPLY)
     if known is None and not part.changes:

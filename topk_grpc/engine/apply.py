@@ -130,15 +130,14 @@ def _follow(state: ShardState, request: memoryview, part: Part, verdict: pb.Verd
     columns = part.columns
     slots = np.empty(columns.count, np.int32)
     touched = np.zeros(state.settings.slots, np.uint8)
-    touch_slots(part.hashes, columns.count, slots, touched)
+    touch_slots(part.slot_keys(request, state.settings), columns.count, slots, touched)
     if verdict is not None:
         touched[list(verdict.skipped_slots)] = 0
         part.chosen = touched[slots]
         if verdict.rejected_indexes:
             part.chosen[np.isin(columns.indexes, np.array(verdict.rejected_indexes, np.uint32))] = 0
     if touched.any():
-        producer_id = bytes(request[columns.producer_start : columns.producer_start + columns.producer_size])
-        producer = state.producers.get_or_add(producer_id)
+        producer = state.producers.get_or_add(part.producer_id(request))
         state.producers.marks.decide(touched, np.ones_like(touched), producer.number, columns.sequence)
         state.producers.seen(producer, max(admitted_ms, columns.first_sent_ms), permanent=not columns.first_sent_ms)
         if verdict is not None:

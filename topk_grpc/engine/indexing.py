@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from topk_grpc.engine.cells import Cells
 from topk_grpc.engine.slot_index import SlotIndex, index_slots
-from topk_grpc.engine.slot_totals import ROUND_ROBIN
 from topk_grpc.engine.state import ShardState
+from topk_grpc.ring.partitioners import partitioner_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +31,7 @@ class Unindexed:
 
 def unindexed(state: ShardState) -> list[Unindexed]:
     """The chunks and blocks that are to be indexed; none where the slot is not the song's."""
-    if state.settings.partitioner == ROUND_ROBIN:
+    if not partitioner_of(state.settings.partitioner).whole_songs:
         return []
     song_slots = state.slots_of_songs()
     return [

@@ -10,8 +10,10 @@ What a migration is to one of its two shards, as a table of states and events:
 
 Everything else is refused. `freeze`, `import` and the outcome are records of the log; that a frozen slot was exported
 is not, so a shard that starts takes it for granted. Of a frozen slot no plays are taken; queries are answered from it
-until it is exported, for from then on the target may count plays that this shard knows nothing of. An outcome is never
-decided here: it is what the topology says (migration/records.py).
+until it is exported, for from then on the target may count plays that this shard knows nothing of. The plays of an
+exported slot stand among all others until the outcome is known, so what this shard would answer meanwhile, of whatever
+slots, would hold plays that the target tells of as well: it answers for none. An outcome is never decided here: it is
+what the topology says (migration/records.py).
 """
 
 from __future__ import annotations
@@ -105,7 +107,10 @@ class Ownership:
 
     @property
     def answered(self) -> NDArray[np.uint8]:
-        """uint8[slots], 1 where this shard answers queries."""
+        """uint8[slots], 1 for those whose plays are what this shard's answers tell of, all of them and no others."""
+        parts = {held.part for held in self.held.values()}
+        if Part.EXPORTED in parts:
+            return np.zeros_like(self.owned)
         answered = self.owned.copy()
         for held in self.held.values():
             if held.part is Part.FROZEN:
@@ -160,7 +165,7 @@ class Ownership:
         self.held[migration_id] = Held(migration_id, Part.FROZEN, tuple(slots), target)
 
     def export(self, migration_id: int) -> tuple[int, ...]:
-        """Answers no more queries from frozen slots, and says which they are.
+        """Answers no more queries, and says which slots are frozen.
 
         Raises:
             MigrationError: they are not frozen.
@@ -170,7 +175,7 @@ class Ownership:
         return self.held[migration_id].slots
 
     def assume_exported(self) -> None:
-        """Answers no more queries from any frozen slot: whether it was exported is not remembered over a start."""
+        """Takes any frozen slot for exported: whether it was is not remembered over a start."""
         for held in list(self.held.values()):
             if held.part is Part.FROZEN:
                 self.export(held.migration_id)

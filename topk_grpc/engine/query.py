@@ -4,7 +4,8 @@ For all time and for standing windows the k best come from a heap, which costs O
 candidates: entries with their counts, from the board's rows, from the cells within the window, or from sessions. That
 sweeps over all entries, and `scans` says so, so that its owner can queue it.
 
-Each song lives on one shard, so the k best of all shards' k best are the cluster's k best.
+Where each song lives on one shard, the k best of all shards' k best are the cluster's. Where songs are spread over them
+(ring/partitioners.py), `at_least` tells what is needed to find these.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from topk_grpc.engine.rankings import Names, Ranking
 from topk_grpc.engine.session_spans import SessionSpan
 from topk_grpc.engine.sessions import RolledUpError, Sessions, open_sessions
 from topk_grpc.engine.state import CHARTS, GLOBAL, ShardState
+from topk_grpc.errors import ResourceExhaustedError
 from topk_grpc.kernels.heap import compare_with, select
 from topk_grpc.model import Bounds, Window
 
@@ -285,6 +287,42 @@ def counts_of(state: ShardState, scope: Scope, song_ids: Sequence[str]) -> tuple
         ):
             sessions[place] = span
     return Ranked(list(song_ids), counts, sessions), candidates.totals
+
+
+def at_least(
+    state: ShardState, scope: Scope, count_min: int, song_ids: Sequence[str], entries_max: int
+) -> tuple[list[int], Ranked, Totals]:
+    """The counts of songs, and all entries beside them with at least so many plays, in no order.
+
+    Args:
+        state: the shard's.
+        scope: what is counted; no sessions.
+        count_min: above 0.
+        song_ids: each once.
+        entries_max: the most entries that are told.
+
+    Raises:
+        OutOfRangeError: the buckets kept for its time are too coarse.
+        ResourceExhaustedError: there are more entries.
+    """
+    candidates = _candidates(state, scope)
+    entries, counts = candidates.entries, candidates.counts
+    wanted = _entries_of(state, scope, song_ids)
+    chosen = counts >= count_min
+    asked = np.zeros(len(wanted), np.int64)
+    if len(entries):
+        at = np.minimum(np.searchsorted(entries, wanted), len(entries) - 1)
+        there = entries[at] == wanted
+        asked[there] = counts[at[there]]
+        chosen[at[there]] = False
+    many = int(np.count_nonzero(chosen))
+    if many > entries_max:
+        raise ResourceExhaustedError(
+            f"{many:,} songs of a shard have {count_min:,} plays or more, and may be among the best: more than a query"
+            f" may look at ({entries_max:,}, --threshold-entries-max). Ask for a smaller k or another window, or use a"
+            " cluster made with --partitioner ring"
+        )
+    return asked.tolist(), _ranked(state, scope, entries[chosen], counts[chosen]), candidates.totals
 
 
 def standings(

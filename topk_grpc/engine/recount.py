@@ -149,13 +149,17 @@ class Recount:
 
     def _count(self, request: bytes, part: Part, verdict: pb.Verdict, admitted_ms: int) -> None:
         columns = part.columns
-        slots = (part.hashes % np.uint64(self._settings.slots)).astype(np.int64)
+        keys = part.slot_keys(request, self._settings)
+        slots = (keys % np.uint64(self._settings.slots)).astype(np.int64)
         taken = ~np.isin(slots, np.array(verdict.skipped_slots, np.int64))
         touched = np.unique(slots[taken]).tolist()
         if touched:
-            name = request[columns.producer_start : columns.producer_start + columns.producer_size]
             self._mark(
-                name, touched, columns.sequence, max(admitted_ms, columns.first_sent_ms), not columns.first_sent_ms
+                part.producer_id(request),
+                touched,
+                columns.sequence,
+                max(admitted_ms, columns.first_sent_ms),
+                not columns.first_sent_ms,
             )
         taken &= ~np.isin(columns.indexes, np.array(verdict.rejected_indexes, np.uint32))
         rows = np.flatnonzero(taken)

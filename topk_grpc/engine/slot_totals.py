@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +16,7 @@ from topk_grpc.engine.deletion import entries_of
 from topk_grpc.engine.slots_image import SlotsImage
 from topk_grpc.engine.state import CHARTS, GLOBAL, ShardState
 from topk_grpc.kernels.hash import hash_strings
-
-ROUND_ROBIN: Final = "round_robin"
-"""The partitioner under which a slot is a batch's, not a song's."""
+from topk_grpc.ring.partitioners import partitioner_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +47,7 @@ def chosen_slots(state: ShardState, slots: Sequence[int]) -> NDArray[np.bool_]:
 
 def chosen_songs(state: ShardState, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Which songs belong to the slots, bool[songs]; none where the slot is not the song's."""
-    if state.settings.partitioner == ROUND_ROBIN:
+    if not partitioner_of(state.settings.partitioner).whole_songs:
         return np.zeros(len(state.songs), np.bool_)
     return wanted[state.slots_of_songs()]
 

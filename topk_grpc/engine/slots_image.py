@@ -29,6 +29,7 @@ from topk_grpc.kernels.encode import varint
 from topk_grpc.kernels.hash import hash_strings
 from topk_grpc.model import TIME_MS_MAX, ClusterSettings, SessionWindow, Window, parse_window
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+from topk_grpc.ring.partitioners import partitioner_of
 
 IMAGE_VERSION: Final = 1
 
@@ -324,6 +325,8 @@ def _read_songs(
     wanted = np.zeros(settings.slots, np.bool_)
     wanted[list(slots)] = True
     require(wanted[hashes % np.uint64(settings.slots)].all(), "image: a song of another slot")
+    whole = partitioner_of(settings.partitioner).whole_songs
+    require(whole or not len(sizes), "image: songs, where a slot is a batch's and counts stay where they are")
     order = np.argsort(hashes)
     twins = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
     alike = {int(song) for at in twins.tolist() for song in order[at : at + 2]}

@@ -25,8 +25,9 @@ finer than what either side still knows:
 Dropping takes all plays of the slots' entries back (deletion.py), forgets their marks, and the producers that have no
 others. The songs stay interned. Times, tiers and standing windows stay as they are.
 
-All of it is a function of the state and the image, with no clock: a shard logs the image and replays the import. Under
-the `round_robin` partitioner counts do not belong to slots: only producers and marks are moved and dropped.
+All of it is a function of the state and the image, with no clock: a shard logs the image and replays the import. Where
+a partitioner gives slots to batches (`round_robin`), counts belong to none: only producers and marks are moved and
+dropped.
 
 Rejected: handing over what a snapshot holds, by slot. Its columns are in the order of the source's numbers, so they
 would have to be renumbered by the target with the source's tables at hand; and cells would come in blocks of either

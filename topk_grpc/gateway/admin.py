@@ -23,6 +23,7 @@ from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import admin_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import admin_service_pb2_grpc as pb_grpc
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.rpc import log
 from topk_grpc.rpc.access import caller
 from topk_grpc.topology.change import change
@@ -150,6 +151,7 @@ class ClusterAdminService(_Base):  # type: ignore[misc]
         self, request: pb.ClusterAdminServiceDeleteSongRequest, context: Context
     ) -> pb.ClusterAdminServiceDeleteSongResponse:
         """Has the song's shard take its plays back; answers when that is on disk and applied."""
+        partitioner_of(self._watch.current.topology.settings.partitioner).require_whole_songs("deleting a song")
         song = request.song_id.encode()
         if not 0 < len(song) <= self._settings.song_id_bytes_max:
             raise InvalidArgumentError(

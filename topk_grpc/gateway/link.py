@@ -48,6 +48,7 @@ class Part:
         pieces: of the ShardBatch's bytes.
         size: bytes of them.
         outcome: what the shard said; cancelled when nobody waits any more.
+        shard_id: the shard.
         sends: how often it was written to a stream.
     """
 
@@ -55,6 +56,7 @@ class Part:
     pieces: tuple[bytes | memoryview, ...]
     size: int
     outcome: asyncio.Future[pb.BatchOutcome]
+    shard_id: str
     sends: int = 0
 
 

@@ -1,7 +1,10 @@
 """Queries over the whole cluster: bounds, scatter, merge, certificate.
 
-A song lives on one shard, so the k best of the shards' k best are exact, and a song's rank is 1 plus how many entries
-stand before it on each shard. Python orders strings by code point, which is the order of their UTF-8 bytes.
+Where a song lives on one shard, the k best of the shards' k best are exact, and a song's rank is 1 plus how many
+entries stand before it on each shard. Where its plays are spread, the k best are found by thresholds (spread.py),
+and what only a shard with a song's whole count could say is refused.
+
+Python orders strings by code point, which is the order of their UTF-8 bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from topk_grpc.config import GatewaySettings
 from topk_grpc.engine.windows import bounds_of, is_final
 from topk_grpc.errors import InvalidArgumentError, WindowError
 from topk_grpc.gateway.scatter import Gathered, Scatter
+from topk_grpc.gateway.spread import best_spread
 from topk_grpc.model import (
     Answer,
     Bounds,
@@ -83,6 +87,10 @@ class Queries:
             as_of = gathered.newest_event_ms or None
         return bounds_of(window, self._clock() if as_of is None else as_of, self._resolution_ms)
 
+    def _distinct_songs(self, each: Iterable[int]) -> int | None:
+        """The songs of all shards, from each one's; None where a song may be on several."""
+        return sum(each) if self._scatter.partitioner.whole_songs else None
+
     def _certificate(self, gathered: Gathered[Any], bounds: Bounds | None, listed_plays: int = 0) -> Certificate:
         watermark_ms = min(gathered.newest_event_ms, self._clock())
         complete = not gathered.missing
@@ -101,7 +109,7 @@ class Queries:
             watermark_ms=watermark_ms,
             finality=Finality.FINAL if final else Finality.PRELIMINARY,
             total_plays=total_plays,
-            distinct_songs=sum(coverage.distinct_songs for coverage in coverages),
+            distinct_songs=self._distinct_songs(coverage.distinct_songs for coverage in coverages),
             other_plays=total_plays - listed_plays,
         )
 
@@ -112,10 +120,13 @@ class Queries:
 
         Raises:
             InvalidArgumentError: k or the window is out of range.
+            UnsupportedError: a session window, where songs are spread over shards.
             UnavailableError: a shard does not answer, and `allow_partial` is not set.
         """
         if not 1 <= k <= self._settings.k_max:
             raise InvalidArgumentError(f"k is {k}: ask for 1 to {self._settings.k_max} entries")
+        if isinstance(window, SessionWindow):
+            self._scatter.partitioner.require_whole_songs("a session window")
         bounds = await self._bounds(window, as_of, allow_partial=allow_partial)
         scope = _scope(window, chart, bounds, live=as_of is None)
         return await self._best(scope, k, bounds, allow_partial=allow_partial)
@@ -131,16 +142,20 @@ class Queries:
         return await self._best(scope, k, bounds, allow_partial=allow_partial)
 
     async def _best(self, scope: pb.Scope, k: int, bounds: Bounds | None, *, allow_partial: bool) -> Answer:
-        request = pb.QueryTopKRequest(scope=scope, k=k)
-        gathered: Gathered[pb.QueryTopKResponse] = await self._scatter.gather(
-            "QueryTopK", request, allow_partial=allow_partial
-        )
-        places = _ordered(
-            place for answer in gathered.answers.values() for place in zip(answer.song_ids, answer.counts, strict=True)
-        )[:k]
+        if not self._scatter.partitioner.whole_songs:
+            gathered, places = await best_spread(self._scatter, self._settings, scope, k, allow_partial=allow_partial)
+            sessions: dict[str, Bounds] = {}
+        else:
+            gathered = await self._scatter.gather(
+                "QueryTopK", pb.QueryTopKRequest(scope=scope, k=k), allow_partial=allow_partial
+            )
+            answers = gathered.answers.values()
+            places = _ordered(
+                place for answer in answers for place in zip(answer.song_ids, answer.counts, strict=True)
+            )[:k]
+            sessions = _sessions(answers)
         certificate = self._certificate(gathered, bounds, sum(count for _, count in places))
         total = certificate.total_plays
-        sessions = _sessions(gathered.answers.values())
         entries = tuple(
             Entry(rank, song_id, count, count / total, sessions.get(song_id))
             for rank, (song_id, count) in enumerate(places, 1)
@@ -161,12 +176,14 @@ class Queries:
 
         Raises:
             InvalidArgumentError: songs, neighbours or the window are out of range.
+            UnsupportedError: songs are spread over shards.
             UnavailableError: a shard does not answer, and `allow_partial` is not set.
         """
         if not 1 <= len(song_ids) <= SONGS_MAX:
             raise InvalidArgumentError(f"{len(song_ids)} songs are asked for: ask for 1 to {SONGS_MAX} at once")
         if neighbours > NEIGHBOURS_MAX:
             raise InvalidArgumentError(f"{neighbours} neighbours are asked for: ask for 0 to {NEIGHBOURS_MAX}")
+        self._scatter.partitioner.require_whole_songs("a song's rank")
         bounds = await self._bounds(window, as_of, allow_partial=allow_partial)
         scope = _scope(window, chart, bounds, live=as_of is None)
         request = pb.QueryCountsRequest(scope=scope, song_ids=song_ids)
@@ -219,12 +236,14 @@ class Queries:
             "QueryCharts", pb.QueryChartsRequest(), allow_partial=allow_partial
         )
         plays: dict[str, int] = {}
-        songs: dict[str, int] = {}
+        songs: dict[str, list[int]] = {}
         for answer in gathered.answers.values():
             for chart, total, distinct in zip(answer.charts, answer.total_plays, answer.distinct_songs, strict=True):
                 plays[chart] = plays.get(chart, 0) + total
-                songs[chart] = songs.get(chart, 0) + distinct
-        summaries = tuple(ChartSummary(chart, total, songs[chart]) for chart, total in _ordered(plays.items()))
+                songs.setdefault(chart, []).append(distinct)
+        summaries = tuple(
+            ChartSummary(chart, total, self._distinct_songs(songs[chart])) for chart, total in _ordered(plays.items())
+        )
         return self._certificate(gathered, None), summaries
 
 

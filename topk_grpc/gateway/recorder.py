@@ -1,8 +1,8 @@
 """The way of a batch through the gateway: read, checked, split, sent to its shards, joined into one acknowledgement.
 
 A batch is begun in order (`begin` returns when its parts are queued), and acknowledged when every shard concerned has
-answered. Slots that a shard does not own any more are split again by a fresh topology, from the same bytes, until the
-time is up.
+answered. Slots that a shard does not own any more are split again by what it says of their new owners, or by a fresh
+topology, from the same bytes, until the time is up.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from topk_grpc.gateway.routing import Routing, RoutingWatch
 from topk_grpc.kernels.encode import batch_header
 from topk_grpc.kernels.hash import hash_strings
 from topk_grpc.kernels.split import split_batch
-from topk_grpc.kernels.wire import REASONS, PlayColumns, decode_batch, message_spans
+from topk_grpc.kernels.wire import CORRECTION_UNSUPPORTED, REASONS, PlayColumns, decode_batch, message_spans
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1.play_pb2 import RejectedPlay
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.rpc.access import caller
 
 PRODUCER_ID_BYTES_MAX = 128
@@ -154,6 +155,8 @@ class Recorder:
             raise InvalidArgumentError(
                 f"first_sent_ms is {columns.first_sent_ms}: give milliseconds since the Unix epoch, or leave it out"
             )
+        if not partitioner_of(self._watch.current.topology.settings.partitioner).whole_songs:
+            columns.reasons[(columns.counts < 0) & (columns.reasons == 0)] = CORRECTION_UNSUPPORTED
         header = batch_header(producer_id, columns.sequence, columns.first_sent_ms)
         return columns, _Batch(raw, header, columns.count, columns.sequence, producer_id)
 
@@ -165,12 +168,15 @@ class Recorder:
             return [], np.empty(0, np.int32)
         topology = routing.topology
         hashes = hash_strings(batch.raw, columns.song_starts, columns.song_sizes)
-        split = split_batch(batch.raw, columns, hashes, owners, len(topology.shards), topology.settings.resolution_ms)
+        cluster = topology.settings
+        keys = partitioner_of(cluster.partitioner).slot_keys(hashes, batch.producer_id, batch.sequence, cluster.slots)
+        split = split_batch(batch.raw, columns, hashes, keys, owners, len(topology.shards), cluster.resolution_ms)
         loop = asyncio.get_running_loop()
         parts = []
         for shard, plays in zip(topology.shards, split.parts, strict=True):
             if len(plays):
-                part = Part(topology.epoch, (batch.header, plays), len(batch.header) + len(plays), loop.create_future())
+                pieces, size = (batch.header, plays), len(batch.header) + len(plays)
+                part = Part(topology.epoch, pieces, size, loop.create_future(), shard.shard_id)
                 parts.append(part)
                 try:
                     async with asyncio.timeout_at(deadline):
@@ -190,21 +196,29 @@ class Recorder:
         try:
             epoch, wait = -1, 0.0
             async with asyncio.timeout_at(deadline):
+                told = False
                 while True:
                     lost_slots: list[int] = []
-                    resent = False
+                    resent, known = False, True
                     for part in parts:
-                        self._join(batch, part, await part.outcome, stands_for)
-                        if part.outcome.result().not_owner_slots:
-                            lost_slots += part.outcome.result().not_owner_slots
+                        outcome = await part.outcome
+                        self._join(batch, part, outcome, stands_for)
+                        if outcome.not_owner_slots:
+                            lost_slots += outcome.not_owner_slots
                             resent |= part.sends > 1
+                            known &= self._watch.learn(part.shard_id, outcome.not_owner_slots, outcome.new_owners)
                     if not lost_slots:
                         return self._acknowledge(batch)
-                    # Where the slots move, the next epoch says more. If there is none for a while, a target may be
-                    # about to serve, or a source to go on with them.
-                    before, epoch = epoch, max(part.epoch for part in parts)
-                    wait = _REROUTE_SECONDS[0] if epoch > before else min(_REROUTE_SECONDS[1], 2 * wait)
-                    routing = await self._watch.newer(epoch, wait)
+                    # Two shards may name each other until both have heard what became of a move: not twice at once.
+                    told = known and not told
+                    if told:
+                        routing = self._watch.current
+                    else:
+                        # Where the slots move, the next epoch says more. If there is none for a while, a target may be
+                        # about to serve, or a source to go on with them.
+                        before, epoch = epoch, max(part.epoch for part in parts)
+                        wait = _REROUTE_SECONDS[0] if epoch > before else min(_REROUTE_SECONDS[1], 2 * wait)
+                        routing = await self._watch.newer(epoch, wait)
                     columns, _ = self._read(batch.raw)
                     parts, stands_for = await self._send(batch, columns, routing, routing.only(lost_slots), deadline)
                     # A slot that has moved may have counted it before, where nobody heard the answer.

@@ -35,6 +35,8 @@ def reject_messages(settings: GatewaySettings) -> Mapping[str, str]:
         "CHART_LIMIT": "there are as many charts as there may be (--charts-max): ids of users or songs make no charts",
         "MEMORY_LIMIT": "the shard's memory is used up and the song is new: add shards or raise --memory-bytes-max",
         "TOTAL_OVERFLOW": "the shard's total would leave the range that sums exactly (2^55): the counts must be wrong",
+        "CORRECTION_UNSUPPORTED": "count is negative, and the cluster's partitioner spreads a song's plays over shards"
+        " that do not know each other's: leave such plays out, or load all into a cluster made with --partitioner ring",
         "NEGATIVE_BUCKET": "count would take back more plays than the song has in the play's time bucket, in the global"
         " chart or one that it names: nothing was taken back; give the time, charts and count that were recorded",
     }

@@ -1,18 +1,29 @@
 """Asking all shards, and making sure that their answers together are the whole.
 
 Each answer says which slots it covers. Only disjoint answers that cover every slot are merged; while slots move two
-shards may both answer for one, or neither, and then all are asked again under a fresh topology.
+shards may both answer for one, or neither, and then all are asked again under a fresh topology. Where slots stay
+uncovered every shard is asked, also those that should own none: a slot may have gone there while the store is away.
+
+A partial answer may lack the slots of the shards that it names as missing, and no others. So where slots move beside a
+shard that is down, all are asked again as well; when the time is up, their owner is named too, if it has said nothing
+about others. An answer that covers nothing is left out in any case: its shard may be giving slots away, whose plays
+stand among all others until it has read that they are gone.
+
+Where songs live in slots, the shards that own slots have all plays. Where they do not (ring/partitioners.py), every
+shard that has ever started may have some, and is asked. Whoever knows the owners of all slots knows these too: a shard
+gets its first plays with its first slots, and is not let go with plays.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
+from topk_grpc import metrics
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import (
     DeadlineError,
@@ -22,10 +33,11 @@ from topk_grpc.errors import (
     TopKError,
     UnavailableError,
 )
-from topk_grpc.gateway.routing import RoutingWatch
+from topk_grpc.gateway.routing import Routing, RoutingWatch
 from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
+from topk_grpc.ring.partitioners import Partitioner, partitioner_of
 from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.rpc.status import from_rpc_error
 
@@ -93,7 +105,7 @@ class ShardQueries:
         return channel
 
     async def ask(self, shard: ShardInfo, method: str, request: Any, seconds: float) -> Any:
-        """Asks one shard.
+        """Asks one shard; an answer in pages is put together.
 
         Raises:
             TopKError: as the shard said, or UnavailableError.
@@ -104,7 +116,7 @@ class ShardQueries:
         channel = self._channel(shard)
         try:
             call = getattr(pb_grpc.ShardServiceStub(channel), method)
-            return await call(request, timeout=max(seconds, 0.001), metadata=metadata)
+            messages = await _messages(call(request, timeout=max(seconds, 0.001), metadata=metadata))
         except grpc.RpcError as error:
             failure = from_rpc_error(error)
             if isinstance(failure, DeadlineError) and seconds >= self._settings.query_seconds / 2:
@@ -112,6 +124,11 @@ class ShardQueries:
                 # a new connection is cheap.
                 self._drop(shard.shard_id, channel)
             raise failure from error
+        metrics.SHARD_QUERY_MESSAGES.labels(method).inc(1 + len(messages))
+        metrics.SHARD_QUERY_BYTES.labels(method).inc(sum(message.ByteSize() for message in (request, *messages)))
+        for page in messages[1:]:
+            messages[0].MergeFrom(page)
+        return messages[0]
 
     def keep_only(self, topology: Topology) -> None:
         """Lets go of shards that are not in the cluster any more."""
@@ -137,62 +154,89 @@ class Scatter:
         self._watch = watch
         self._queries = queries
 
-    async def gather(self, method: str, request: Any, *, allow_partial: bool) -> Gathered[Any]:
+    @property
+    def partitioner(self) -> Partitioner:
+        """The cluster's."""
+        return partitioner_of(self._watch.current.topology.settings.partitioner)
+
+    async def gather(
+        self, method: str, request: Any, *, allow_partial: bool, deadline: float | None = None
+    ) -> Gathered[Any]:
         """Asks until the answers are disjoint and whole, or the time is up.
 
         Args:
             method: of ShardService.
             request: its message.
-            allow_partial: leave out shards that do not answer, and name them.
+            allow_partial: leave out shards that do not answer, or do not answer for their slots in time, and name them.
+            deadline: of the event loop's clock; None: `query_seconds` from now.
 
         Raises:
             UnavailableError: a shard does not answer, and `allow_partial` is not set.
             ResourceExhaustedError, InvalidArgumentError: as a shard said.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.query_seconds
-        topology = self._watch.current.topology
+        if deadline is None:
+            deadline = loop.time() + self._settings.query_seconds
+        routing = self._watch.current
+        everybody = False
         told = ""
+        partial: Gathered[Any] | None = None
         again, again_max = _AGAIN_SECONDS
         while True:
-            gathered, failures = await self._ask_all(topology, method, request, deadline)
+            gathered, failures = await self._ask_all(routing, method, request, deadline, everybody=everybody)
             _raise_out_of_range(failures.values())
             for failure in failures.values():
                 if isinstance(failure, InvalidArgumentError | ResourceExhaustedError):
                     raise failure
             problem = self._problem(gathered, failures)
-            if problem is None or (failures and allow_partial and not self._overlap(gathered)):
+            if problem is None:
                 return gathered
+            lacking = _owners_of_uncovered(gathered)
+            if allow_partial and failures and lacking <= failures.keys() and not self._overlap(gathered):
+                return replace(gathered, missing=tuple(sorted(failures)))
             # A shard that restarts, or a slot that moves, is back within moments: ask again as long as there is time.
             # The last time is too short for an answer: what was wrong before that says more.
             late = failures and all(isinstance(failure, DeadlineError) for failure in failures.values())
-            if problem is not None and not (told and late):
+            if not (told and late):
                 told = problem
+                whole = not self._overlap(gathered) and lacking.isdisjoint(gathered.answers)
+                partial = replace(gathered, missing=tuple(sorted(failures.keys() | lacking))) if whole else None
             if loop.time() + again >= deadline:
+                if allow_partial and partial is not None:
+                    return partial
                 raise UnavailableError(told)
             await asyncio.sleep(again)
             again = min(again_max, 2 * again)  # the others scan for nothing each time
-            topology = (await self._watch.refresh()).topology
+            everybody = not failures and not self._overlap(gathered)  # slots are covered by nobody who was asked
+            routing = await self._watch.refresh()
 
     async def _ask_all(
-        self, topology: Topology, method: str, request: Any, deadline: float
+        self, routing: Routing, method: str, request: Any, deadline: float, *, everybody: bool
     ) -> tuple[Gathered[Any], dict[str, TopKError]]:
         seconds = deadline - asyncio.get_running_loop().time()
-        owners = set(topology.owners)
-        owning = [shard for index, shard in enumerate(topology.shards) if index in owners]
+        owning = self._shards_with_plays(routing)
+        asked = routing.topology.shards if everybody else owning
         results = await asyncio.gather(
-            *(self._queries.ask(shard, method, request, seconds) for shard in owning), return_exceptions=True
+            *(self._queries.ask(shard, method, request, seconds) for shard in asked), return_exceptions=True
         )
         answers: dict[str, Any] = {}
         failures: dict[str, TopKError] = {}
-        for shard, result in zip(owning, results, strict=True):
+        for shard, result in zip(asked, results, strict=True):
             if isinstance(result, TopKError):
-                failures[shard.shard_id] = result
+                if shard in owning:
+                    failures[shard.shard_id] = result
             elif isinstance(result, BaseException):
                 raise result
-            else:
+            elif _slots(result) or not self.partitioner.whole_songs:
                 answers[shard.shard_id] = result
-        return Gathered(topology, answers, tuple(failures)), failures
+        return Gathered(routing.topology, answers, tuple(failures)), failures
+
+    def _shards_with_plays(self, routing: Routing) -> list[ShardInfo]:
+        """The shards that own slots and, where songs are spread, all that have ever started."""
+        owning = routing.owning
+        if self.partitioner.whole_songs:
+            return owning
+        return [shard for shard in routing.topology.shards if shard in owning or shard.directory_id]
 
     def _problem(self, gathered: Gathered[Any], failures: Mapping[str, TopKError]) -> str | None:
         if failures:
@@ -224,6 +268,21 @@ def _raise_out_of_range(failures: Iterable[TopKError]) -> None:
         start_ms, end_ms = min(one.start_ms for one in refused), max(one.end_ms for one in refused)
         widest = max(refused, key=lambda one: one.end_ms - one.start_ms)
         raise OutOfRangeError(str(widest), start_ms, end_ms)
+
+
+def _owners_of_uncovered(gathered: Gathered[Any]) -> set[str]:
+    """The shards that ought to have answered for slots that no answer covers."""
+    covered = 0
+    for answer in gathered.answers.values():
+        covered |= _slots(answer)
+    topology = gathered.topology
+    owners = {owner for slot, owner in enumerate(topology.owners) if not covered >> slot & 1}
+    return {topology.shards[owner].shard_id for owner in owners}
+
+
+async def _messages(call: Any) -> list[Any]:
+    """The answer of a call, in its messages; there is one at least."""
+    return [page async for page in call] if isinstance(call, grpc.aio.UnaryStreamCall) else [await call]
 
 
 def _slots(answer: Covered) -> int:

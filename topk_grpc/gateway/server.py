@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc
+
 from topk_grpc.config import GatewaySettings, is_loopback
-from topk_grpc.errors import SettingError
 from topk_grpc.gateway.access import TokenGate
 from topk_grpc.gateway.admin import ADMIN_SERVICE, ClusterAdminService
 from topk_grpc.gateway.description import ClusterDescriber
@@ -18,6 +19,7 @@ from topk_grpc.gateway.service import TopKService
 from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
 from topk_grpc.pb.topk.v1.admin_service_pb2_grpc import add_ClusterAdminServiceServicer_to_server
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.rpc import log, startup
 from topk_grpc.rpc.access import AccessInterceptor
 from topk_grpc.rpc.lifecycle import StopRequest, serve_until_stopped
@@ -30,13 +32,12 @@ from topk_grpc.rpc.server import (
     bind,
     create_server,
     split_address,
-    start_health_server,
 )
 from topk_grpc.rpc.shard_channels import ShardChannels
-from topk_grpc.topology.store import TopologyStore, open_store
+from topk_grpc.topology.patience import StorePatience
+from topk_grpc.topology.store import StoreAccess, TopologyStore, open_store
 
 SERVICE = "topk.v1.TopKService"
-_PARTITIONERS = ("ring", "modulo")
 
 
 async def serve(settings: GatewaySettings) -> None:
@@ -47,21 +48,25 @@ async def serve(settings: GatewaySettings) -> None:
     """
     startup.begin(settings, role="gateway")
     stop = StopRequest().install(stdin=settings.exit_with_stdin, seconds=settings.stop_seconds)
-    store = open_store(settings.topology)
+    store = open_store(settings.topology, StoreAccess.of(settings))
+    servers: list[grpc.aio.Server] = []
     try:
-        await _serve(settings, stop, store)
+        await _serve(settings, stop, store, servers)
+    except BaseException:
+        await asyncio.gather(*(each.stop(None) for each in servers))
+        raise
     finally:
         await store.close()
         stop.uninstall()
 
 
-async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologyStore) -> None:
-    topology = await store.read()
-    if topology.settings.partitioner not in _PARTITIONERS:
-        raise SettingError(
-            f"the cluster's partitioner is {topology.settings.partitioner!r}: this release knows"
-            f" {', '.join(_PARTITIONERS)}"
-        )
+async def _serve(
+    settings: GatewaySettings, stop: StopRequest, store: TopologyStore, servers: list[grpc.aio.Server]
+) -> None:
+    health = Health()
+    servers += await startup.serve_health(settings, health)
+    topology = await StorePatience(settings.topology_wait_seconds, stop).wait_for(store.read)
+    partitioner_of(topology.settings.partitioner)  # one that this release does not know is an error here
     gate = TokenGate(settings.tokens_file) if settings.tokens_file else None
     access = AccessInterceptor(gate) if gate is not None else None
     channels = ShardChannels(settings, topology.cluster_id, topology.secret)
@@ -77,13 +82,9 @@ async def _serve(settings: GatewaySettings, stop: StopRequest, store: TopologySt
             settings.stream_age_seconds,
         ),
     )
-    health = Health()
+    servers.append(server)
     await health.register(server)
-    servers = [server]
     address = await bind(server, settings.listen, credentials=startup.credentials_of(settings, settings.tls_client_ca))
-    if settings.health_port:
-        health_server, _ = await start_health_server(health, settings.listen, settings.health_port)
-        servers.append(health_server)
     links = ShardLinks(settings, channels, topology)
     shard_queries = ShardQueries(settings, channels)
 

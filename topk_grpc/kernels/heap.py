@@ -23,6 +23,8 @@ import cython
 import numpy as np
 from numpy.typing import NDArray
 
+_BLOCK_CHANGES = cython.declare(cython.Py_ssize_t, 256)
+
 
 @cython.cfunc
 @cython.inline
@@ -196,6 +198,10 @@ def count_plays(
 ) -> None:
     """Adds plays to their entries' counts, to their charts' totals, and brings the heaps up to date.
 
+    Goes over the changes in blocks, and over each block twice. The first pass only touches the rows: plain loads that
+    do not wait for each other, so that their cache misses overlap. With comparisons between them they mostly do not,
+    and a change took half as long again.
+
     Args:
         rows: int64[entries, columns]; a new row is all zero.
         column: of the counts; the next one holds the places in the heaps.
@@ -222,8 +228,16 @@ def count_plays(
     place: cython.Py_ssize_t = column + 1
     before: cython.longlong
     count: cython.longlong
+    ahead: cython.Py_ssize_t = 0
+    touched: cython.longlong = 0
     with cython.nogil:
         for i in range(changes):
+            if i == ahead:
+                ahead = min(i + _BLOCK_CHANGES, changes)
+                for at in range(i, ahead):
+                    touched = touched | rows[changed[at], place]
+                if touched < 0:  # never, as no place is: it keeps the compiler from leaving the loads out
+                    break
             chart = charts[i]
             entry = changed[i]
             before = rows[entry, column]

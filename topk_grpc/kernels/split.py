@@ -19,6 +19,7 @@ from topk_grpc.kernels.wire import PlayColumns
 
 MASK64 = cython.declare(cython.ulonglong, 0xFFFFFFFFFFFFFFFF)
 _MIX = cython.declare(cython.ulonglong, 0x9E3779B185EBCA87)
+_NEAR = cython.declare(cython.longlong, 1 << 32)
 _COUNT_MAX = cython.declare(cython.longlong, 1 << 55)
 
 
@@ -161,6 +162,7 @@ def combine(
     chart_sizes: cython.int[::1],
     reasons: cython.uchar[::1],
     hashes: cython.ulonglong[::1],
+    slot_keys: cython.ulonglong[::1],
     owners: cython.int[::1],
     resolution: cython.longlong,
     table: cython.int[::1],
@@ -173,7 +175,8 @@ def combine(
     """Finds equal plays, adds them up in `times` and `counts` of the first, and sizes the parts.
 
     Args:
-        data .. hashes: a batch, as `PlayColumns` and `hash_columns` give it; times and counts are changed.
+        data .. hashes: a batch, as `PlayColumns` and `hash_strings` give it; times and counts are changed.
+        slot_keys: uint64[rows]: modulo the slots they are the slot of each play.
         owners: the shard of each slot, int32[slots]; -1: leave those plays out.
         resolution: of a time bucket, in milliseconds.
         table: int32, zeros, a power of two of at least 2 * rows: scratch.
@@ -190,7 +193,8 @@ def combine(
         data, song_starts, song_sizes = memoryview(data), memoryview(song_starts), memoryview(song_sizes)
         times, counts, chart_bounds = memoryview(times), memoryview(counts), memoryview(chart_bounds)
         chart_starts, chart_sizes, reasons = memoryview(chart_starts), memoryview(chart_sizes), memoryview(reasons)
-        hashes, owners, table = memoryview(hashes), memoryview(owners), memoryview(table)
+        hashes, slot_keys = memoryview(hashes), memoryview(slot_keys)
+        owners, table = memoryview(owners), memoryview(table)
         stands_for, targets = memoryview(stands_for), memoryview(targets)
         bodies, shard_bytes = memoryview(bodies), memoryview(shard_bytes)
     i: cython.Py_ssize_t
@@ -206,8 +210,10 @@ def combine(
     mask: cython.ulonglong = table.shape[0] - 1
     bucket: cython.longlong
     key: cython.ulonglong
-    bucket_start: cython.longlong = 0
-    last_bucket: cython.longlong = 0
+    bucket_start: cython.longlong
+    ahead: cython.longlong
+    base: cython.longlong = 0
+    base_bucket: cython.longlong = 0
     with cython.nogil:
         for i in range(rows):
             bodies[i] = 0
@@ -215,7 +221,7 @@ def combine(
             if reasons[i] != 0:
                 continue
             # Slots are mostly a power of two: spare the division.
-            at = cython.cast(cython.Py_ssize_t, hashes[i] & slot_mask if slot_mask else hashes[i] % slots)
+            at = cython.cast(cython.Py_ssize_t, slot_keys[i] & slot_mask if slot_mask else slot_keys[i] % slots)
             shard = owners[at]
             if shard < 0:
                 continue
@@ -224,13 +230,15 @@ def combine(
             if counts[i] < 0:
                 stands_for[i] = cython.cast(cython.int, i)
                 continue
-            # Plays of a batch mostly share a few buckets: spare the division.
-            if bucket_start <= times[i] < bucket_start + resolution:
-                bucket = last_bucket
+            # Plays of a batch mostly lie close together: their distance divides in half the time.
+            ahead = times[i] - base
+            if 0 <= ahead < _NEAR and resolution < _NEAR:
+                bucket = base_bucket + cython.cast(cython.uint, ahead) // cython.cast(cython.uint, resolution)
             else:
                 bucket = _floor(times[i], resolution)
-                last_bucket = bucket
-                bucket_start = bucket * resolution
+                base_bucket = bucket - _NEAR // (2 * resolution)
+                base = base_bucket * resolution
+            bucket_start = bucket * resolution
             key = hashes[i] ^ ((_unsigned(bucket) * _MIX) & MASK64)
             for j in range(chart_bounds[i], chart_bounds[i + 1]):
                 for k in range(chart_sizes[j]):
@@ -334,6 +342,7 @@ def split_batch(
     data: bytes | memoryview,
     columns: PlayColumns,
     hashes: NDArray[np.uint64],
+    slot_keys: NDArray[np.uint64],
     owners: NDArray[np.int32],
     shards: int,
     resolution_ms: int,
@@ -344,6 +353,7 @@ def split_batch(
         data: the bytes that the columns point into.
         columns: the batch.
         hashes: of its songs, uint64[n].
+        slot_keys: modulo the slots they are the slot of each play, uint64[n]: `hashes`, where the song is hashed.
         owners: the shard of each slot, int32[slots]; -1: leave those plays out.
         shards: how many shards there are.
         resolution_ms: of a time bucket.
@@ -356,8 +366,8 @@ def split_batch(
     shard_bytes = np.zeros(shards, np.int64)
     plays = combine(
         data, columns.song_starts, columns.song_sizes, columns.times_ms, columns.counts,
-        columns.chart_bounds, columns.chart_starts, columns.chart_sizes, columns.reasons, hashes, owners, resolution_ms,
-        table, stands_for, targets, bodies, shard_bytes, rows,
+        columns.chart_bounds, columns.chart_starts, columns.chart_sizes, columns.reasons, hashes, slot_keys, owners,
+        resolution_ms, table, stands_for, targets, bodies, shard_bytes, rows,
     )  # fmt: skip
     stops = np.cumsum(shard_bytes)
     starts = stops - shard_bytes

@@ -100,6 +100,7 @@ def intern(
     first: cython.Py_ssize_t
     last: cython.Py_ssize_t
     touched: cython.ulonglong
+    room: cython.Py_ssize_t = arena.shape[0]
     with cython.nogil:
         first = 0
         while first < rows:
@@ -109,7 +110,9 @@ def intern(
             touched = 0
             for i in range(first, last):
                 if slots[i - first] != 0:
-                    touched += arena[cython.cast(cython.Py_ssize_t, slots[i - first] & _OFFSET_MASK) + 3]
+                    record = cython.cast(cython.Py_ssize_t, slots[i - first] & _OFFSET_MASK) - 1
+                    # Its first byte and, as records lie across cache lines, the last, if it is the string looked for.
+                    touched += arena[record] + arena[min(record + _HEADER + sizes[i], room) - 1]
             slots[0] = touched  # keeps the compiler from leaving the loads out
             for i in range(first, last):
                 tag = hashes[i] >> _TAG_SHIFT

@@ -42,8 +42,12 @@ REASONS = (
     "EMPTY_CHART",
     "CHART_TOO_LONG",
     "TIME_OUT_OF_RANGE",
+    "CORRECTION_UNSUPPORTED",
 )
-"""What the column `reasons` of `PlayColumns` means; 0: the play is valid."""
+"""What the column `reasons` of `PlayColumns` means; 0: the play is valid. The last one depends on the cluster: gateways
+set it, reading never does."""
+
+CORRECTION_UNSUPPORTED = REASONS.index("CORRECTION_UNSUPPORTED")
 
 _DEPTH_MAX = cython.declare(cython.int, 100)
 _BATCH_DEPTH = cython.declare(cython.int, 1)

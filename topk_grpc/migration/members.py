@@ -22,6 +22,7 @@ from typing import Final
 from topk_grpc.errors import InvalidArgumentError
 from topk_grpc.migration.plan import eligible, planned
 from topk_grpc.model import ClusterSettings, ShardInfo, Topology
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.ring.plan import plan_owners
 
 EPOCH_FIRST: Final = 1
@@ -132,7 +133,9 @@ def draining(topology: Topology, shard_ids: Sequence[str]) -> Topology:
     Raises:
         InvalidArgumentError: there is no such shard, it has never started, or none would be left to take the slots.
         UnavailableError: another shard that owns slots has never started.
+        UnsupportedError: the cluster's partitioner spreads songs: what a shard has counted cannot be moved.
     """
+    partitioner_of(topology.settings.partitioner).require_whole_songs("draining a shard")
     changed = topology
     for shard_id in shard_ids:
         shard = _find(topology, shard_id)
@@ -152,8 +155,11 @@ def without_shard(topology: Topology, shard_id: str) -> Topology:
 
     Raises:
         InvalidArgumentError: there is no such shard, it is the last one, or it is still needed.
+        UnsupportedError: the cluster's partitioner spreads songs: it may have plays though it owns no slots.
     """
     shard = _find(topology, shard_id)
+    if shard.directory_id:
+        partitioner_of(topology.settings.partitioner).require_whole_songs("removing a shard that has started")
     if left := _what_is_left(topology, shard):
         remedy = "wait until it is drained" if shard.draining else f"drain it first (`topk cluster drain {shard_id}`)"
         raise InvalidArgumentError(f"{shard_id} cannot be removed: {left}: {remedy}")

@@ -15,8 +15,10 @@ left undecided for too long. A shard that is down at 5 or 6 keeps its record, an
 the outcome when it starts, and is told again and again beside the moves of others (`Settling`).
 
 Moves are made one after another, since each is a pause for its slots and work for two shards, with rests in between
-(`share`). How many slots travel together follows from how long the last ones had to wait. Before each both shards are
-asked whether they are there: slots are not frozen for one that is down.
+(`share`). How many slots travel together follows from how long the last ones had to wait: fewer, where their image was
+so large that it took the time. A small one waits for disks and other programs as long as a smaller one would, and to
+move fewer slots then would only be to wait more often. Before each both shards are asked whether they are there: slots
+are not frozen for one that is down.
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ _AGAIN_SECONDS: Final = (0.1, 5.0)
 _PROBE_SECONDS: Final = 0.5
 _STALL_SECONDS: Final = (0.2, 0.35)
 """Slots that waited for less travel with more the next time; those that waited longer, with fewer."""
+_SMALL_BYTES: Final = 256 << 10
+"""An image up to this size takes two shards some hundredths of a second: more may travel the next time, however long it
+took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +260,7 @@ class Mover:
 
     def _note_moved(self, migration: Migration, fetched: Fetched, stall: float) -> None:
         short, long = _STALL_SECONDS
-        if stall < short:
+        if stall < short or fetched.image_bytes <= _SMALL_BYTES:
             self._together = min(self._pace.slots_max, 2 * self._together)
         elif stall > long:
             self._together = max(1, self._together // 2)

@@ -1,132 +1,14 @@
-"""Which shard owns which slot.
-
-Consistent hashing with bounded load (Mirrokni, Thorup, Zadimoghaddam: Consistent Hashing with Bounded Loads, SODA
-2018). Shards stand at 160 points each on a ring of 32 bits, slots at one; the points are those of uhashring's ketama,
-the same in every process and version. A slot walks the ring upwards to the first shard with room, and room ends at
-
-    max(ceil(mean), floor(1.05 × mean))       mean = slots / shards
-
-A plan starts from the present owners, for a slot that changes its owner has to be moved with all its plays. Computed
-from nothing for the new set of shards, the walks displace each other and up to 3.25 times as many slots move as needed.
-So, in this order:
-
-1. Slots without an owner (all of them at first, later those of a shard that leaves) walk the ring.
-2. A shard that owned nothing takes, from shards that have more than the new bound first, then from those that have more
-   than the mean, the slots that meet its points first, until it has floor(mean).
-3. Where a shard still has more than the bound, its slots walk on, those first that are farthest from its points.
-
-For one shard that joins n, step 2 moves floor(slots / (n + 1)) slots, which is the least that evens out; step 3 has
-something to do only where the owners before were uneven.
-"""
+"""Who is to own which slot: a partitioner's plan, with shards as indexes and what it needs checked."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Sequence
 
-from uhashring import HashRing
+from topk_grpc.errors import InvalidArgumentError
+from topk_grpc.ring.bounded_load import load_max
+from topk_grpc.ring.partitioners import partitioner_of
 
-from topk_grpc.errors import InvalidArgumentError, SettingError
-
-VNODES: Final = 40
-"""Virtual nodes of a shard; ketama makes four points of each."""
-
-LOAD_PERCENT_MAX: Final = 105
-"""How much of the mean a shard may own."""
-
-_RING_SIZE: Final = 1 << 32
-
-
-class _Ring:
-    """The points of the shards, and the places of the slots among them."""
-
-    def __init__(self, shard_ids: Sequence[str], slots: int) -> None:
-        # Sorted: should two points fall together, the last name has it, whoever asks.
-        ring = HashRing(nodes={name: {"vnodes": VNODES, "weight": 1} for name in sorted(shard_ids)}, hash_fn="ketama")
-        points: list[tuple[int, str]] = sorted(set(ring.get_points()))
-        self._keys = [key for key, _ in points]
-        self._names = [name for _, name in points]
-        self._keys_of: dict[str, list[int]] = {name: [] for name in shard_ids}
-        for key, name in points:
-            self._keys_of[name].append(key)
-        self.places: list[int] = [ring.hashi(f"slot-{slot}") for slot in range(slots)]
-
-    def walk(self, slot: int) -> Iterator[str]:
-        """The shards in the order that the slot meets their points; a shard comes once for each point."""
-        start = bisect_left(self._keys, self.places[slot])
-        yield from self._names[start:]
-        yield from self._names[:start]
-
-    def distance(self, slot: int, shard_id: str) -> int:
-        """How far the slot walks until it meets the shard's next point."""
-        keys, place = self._keys_of[shard_id], self.places[slot]
-        index = bisect_left(keys, place)
-        key = keys[index] if index < len(keys) else keys[0] + _RING_SIZE
-        return key - place
-
-
-def load_max(slots: int, shards: int) -> int:
-    """The most slots that a shard may own: max(ceil(mean), floor(1.05 × mean))."""
-    return max(-(-slots // shards), LOAD_PERCENT_MAX * slots // (100 * shards))
-
-
-def _plan_ring(shard_ids: Sequence[str], slots: int, current: Sequence[str | None] | None) -> list[str]:
-    """The owner of each slot by the rules above."""
-    ring = _Ring(shard_ids, slots)
-    bound, mean = load_max(slots, len(shard_ids)), slots // len(shard_ids)
-    load = dict.fromkeys(shard_ids, 0)
-    owners: list[str | None] = [owner if owner in load else None for owner in current or [None] * slots]
-    for owner in owners:
-        if owner is not None:
-            load[owner] += 1
-    joiners = sorted(name for name, owned in load.items() if not owned)
-
-    def give(slot: int, to: str) -> None:
-        before = owners[slot]
-        if before is not None:
-            load[before] -= 1
-        owners[slot] = to
-        load[to] += 1
-
-    def walk_on(slot: int) -> None:
-        give(slot, next(name for name in ring.walk(slot) if load[name] < bound))
-
-    for slot in range(slots):
-        if owners[slot] is None:
-            walk_on(slot)
-
-    for joiner in joiners:
-        nearest = sorted(range(slots), key=lambda slot: (ring.distance(slot, joiner), slot))
-        for floor in (bound, mean):  # from the overfull first, else step 3 moves more on top
-            for slot in nearest:
-                owner = owners[slot]
-                if load[joiner] < mean and owner is not None and owner != joiner and load[owner] > floor:
-                    give(slot, joiner)
-
-    for name in sorted(load):
-        if load[name] > bound:
-            own = sorted(
-                (slot for slot in range(slots) if owners[slot] == name),
-                key=lambda slot: (-ring.distance(slot, name), slot),
-            )
-            for slot in own[: load[name] - bound]:
-                walk_on(slot)
-
-    return [owner for owner in owners if owner is not None]
-
-
-def _plan_modulo(shard_ids: Sequence[str], slots: int, current: Sequence[str | None] | None) -> list[str]:
-    """Slot modulo shards: what everybody writes first, for comparison. A shard that joins moves almost every slot."""
-    del current
-    names = sorted(shard_ids)
-    return [names[slot % len(names)] for slot in range(slots)]
-
-
-_PLANS: Final[dict[str, Callable[[Sequence[str], int, Sequence[str | None] | None], list[str]]]] = {
-    "ring": _plan_ring,
-    "modulo": _plan_modulo,
-}
+__all__ = ["load_max", "plan_owners"]
 
 
 def plan_owners(
@@ -135,7 +17,7 @@ def plan_owners(
     """Plans who owns what. The same arguments give the same plan in every process.
 
     Args:
-        partitioner: `ring`, or `modulo` for comparison.
+        partitioner: its name: ring/partitioners.py.
         shard_ids: those to share the slots, distinct. Their order plays no part in who gets what.
         slots: the cluster's number of slots, at least as many as shards.
         current: the present owner of each slot, who need not be among shard_ids; None for nobody, or altogether for a
@@ -148,9 +30,7 @@ def plan_owners(
         SettingError: no such partitioner.
         InvalidArgumentError: no shards, one twice, more shards than slots, or `current` of another length.
     """
-    plan = _PLANS.get(partitioner)
-    if plan is None:
-        raise SettingError(f"the partitioner is {partitioner!r}: it has to be one of {', '.join(_PLANS)}")
+    plan = partitioner_of(partitioner).plan
     if not 0 < len(shard_ids) <= slots:
         raise InvalidArgumentError(f"{len(shard_ids)} shards cannot share {slots} slots: there must be 1 to {slots}")
     if len(set(shard_ids)) != len(shard_ids):

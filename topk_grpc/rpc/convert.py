@@ -237,7 +237,7 @@ def certificate_from_pb(message: query_pb2.Certificate) -> model.Certificate:
         watermark_ms=message.watermark_ms,
         finality=model.Finality.FINAL if final else model.Finality.PRELIMINARY,
         total_plays=message.total_plays,
-        distinct_songs=message.distinct_songs,
+        distinct_songs=message.distinct_songs if message.HasField("distinct_songs") else None,
         other_plays=message.other_plays,
     )
 
@@ -313,4 +313,5 @@ def chart_to_pb(chart: model.ChartSummary) -> topk_service_pb2.ChartSummary:
 
 def chart_from_pb(message: topk_service_pb2.ChartSummary) -> model.ChartSummary:
     """Reads a chart."""
-    return model.ChartSummary(message.chart, message.total_plays, message.distinct_songs)
+    distinct_songs = message.distinct_songs if message.HasField("distinct_songs") else None
+    return model.ChartSummary(message.chart, message.total_plays, distinct_songs)

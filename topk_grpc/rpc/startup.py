@@ -11,7 +11,8 @@ from topk_grpc import metrics
 from topk_grpc.config import ServerSettings, is_loopback
 from topk_grpc.kernels import compiled
 from topk_grpc.rpc import log, native_log, process
-from topk_grpc.rpc.server import split_address
+from topk_grpc.rpc.health import Health
+from topk_grpc.rpc.server import split_address, start_health_server
 from topk_grpc.rpc.tls import server_credentials
 
 _QUIET: Final = {"ERROR", "NONE"}
@@ -47,6 +48,18 @@ def begin(settings: ServerSettings, **common: Any) -> None:
     if settings.metrics_port:
         host, _ = split_address(settings.listen)
         metrics.serve(host, settings.metrics_port)
+
+
+async def serve_health(settings: ServerSettings, health: Health) -> list[grpc.aio.Server]:
+    """Starts the health server where one was asked for: live, and not ready until `health` is told.
+
+    Raises:
+        AddressInUseError: its port is taken.
+    """
+    if not settings.health_port:
+        return []
+    server, _ = await start_health_server(health, settings.listen, settings.health_port)
+    return [server]
 
 
 def credentials_of(settings: ServerSettings, client_ca: str) -> grpc.ServerCredentials | None:

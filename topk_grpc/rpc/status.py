@@ -59,6 +59,7 @@ TABLE: Final[Mapping[type[BaseException], Row]] = {
     errors.TokenExpiredError: Row(Code.UNAUTHENTICATED, "TOKEN_EXPIRED"),
     errors.ForeignCallerError: Row(Code.UNAUTHENTICATED, "FOREIGN_CALLER"),
     errors.PermissionDeniedError: Row(Code.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    errors.UnsupportedError: Row(Code.UNIMPLEMENTED, "UNSUPPORTED"),
     errors.DuplicateBatchError: Row(Code.ALREADY_EXISTS, "DUPLICATE_BATCH"),
     errors.ProducerExpiredError: Row(Code.FAILED_PRECONDITION, "PRODUCER_EXPIRED"),
     errors.RejectedPlaysError: Row(Code.INVALID_ARGUMENT, "REJECTED_PLAYS"),

@@ -49,10 +49,12 @@ from topk_grpc.errors import (
     InvalidArgumentError,
     MigrationError,
     SettingError,
+    UnsupportedError,
     WindowError,
 )
 from topk_grpc.model import Bounds, ClusterSettings, GlobalWindow, RangeWindow, SessionWindow, Window, parse_window
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.storage import ADVICE, Block, DataDirectory, Files, Log, Recovery, Snapshot, recover
 
 APPEND: Final = 1
@@ -350,7 +352,7 @@ class ShardCore:
         ownership.freeze(migration_id, slots, target)
 
     def export(self, migration_id: int) -> bytes:
-        """The image of frozen slots. From here on queries are not answered from them.
+        """The image of frozen slots. From here on no queries are answered until the outcome is known.
 
         Raises:
             MigrationError: they are not frozen.
@@ -522,7 +524,9 @@ class ShardCore:
         for request in requests:
             try:
                 read = read_request(request)
-            except InvalidArgumentError as error:
+                if read.corrects:
+                    partitioner_of(self._cluster.partitioner).require_whole_songs("taking plays back")
+            except (InvalidArgumentError, UnsupportedError) as error:
                 outcomes.append(error)
                 continue
             if read.corrects and left:

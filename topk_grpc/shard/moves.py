@@ -98,7 +98,7 @@ class ShardMoves:
             return time.monotonic() - self._held_since.setdefault(migration_id, since)
 
     async def export(self, migration_id: int) -> bytes:
-        """The image of frozen slots, from which queries are not answered any more.
+        """The image of frozen slots; from here on no queries are answered until the outcome is known.
 
         Raises:
             MigrationError: they are not frozen.

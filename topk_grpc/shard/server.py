@@ -13,6 +13,7 @@ from topk_grpc.errors import TopKError, TopologyError
 from topk_grpc.migration.arrival import first_topology
 from topk_grpc.model import Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2_grpc as pb_grpc
+from topk_grpc.ring.partitioners import partitioner_of
 from topk_grpc.rpc import log, startup
 from topk_grpc.rpc.access import AccessInterceptor, ClusterGate
 from topk_grpc.rpc.lifecycle import StopRequest, graceful_stop
@@ -23,7 +24,6 @@ from topk_grpc.rpc.server import (
     add_reflection,
     bind,
     create_server,
-    start_health_server,
 )
 from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.shard.core import Identity, ShardCore
@@ -32,7 +32,8 @@ from topk_grpc.shard.owner import ShardOwner, now_ms
 from topk_grpc.shard.registration import check_directory, check_slots, find_shard, register
 from topk_grpc.shard.service import ShardService
 from topk_grpc.storage import Files
-from topk_grpc.topology.store import TopologyStore, open_store
+from topk_grpc.topology.patience import StorePatience
+from topk_grpc.topology.store import StoreAccess, TopologyStore, open_store
 
 SERVICE = "topk.v1.ShardService"
 
@@ -53,35 +54,46 @@ async def serve(settings: ShardSettings, files: Files | None = None) -> None:
     """
     startup.begin(settings, role="shard", shard=settings.shard_id)
     stop = StopRequest().install(stdin=settings.exit_with_stdin, seconds=settings.stop_seconds)
-    store = open_store(settings.topology)
+    store = open_store(settings.topology, StoreAccess.of(settings))
+    servers: list[grpc.aio.Server] = []
     try:
-        await _serve(settings, stop, store, files)
+        await _serve(settings, stop, store, files, servers)
+    except BaseException:
+        await asyncio.gather(*(each.stop(None) for each in servers))
+        raise
     finally:
         await store.close()
         stop.uninstall()
 
 
-async def _serve(settings: ShardSettings, stop: StopRequest, store: TopologyStore, files: Files | None) -> None:
+async def _serve(
+    settings: ShardSettings,
+    stop: StopRequest,
+    store: TopologyStore,
+    files: Files | None,
+    servers: list[grpc.aio.Server],
+) -> None:
     health = Health()
-    servers = []
-    if settings.health_port:  # first of all: to wait for a topology, or to recover, is to live
-        health_server, _ = await start_health_server(health, settings.listen, settings.health_port)
-        servers.append(health_server)
-    try:
-        topology = await _find_topology(settings, stop, store)
-        if topology is not None:
-            await _serve_cluster(settings, stop, store, files, topology, health, servers)
-    finally:
+    servers += await startup.serve_health(settings, health)  # to wait for a topology, or to recover, is to live
+    patience = StorePatience(settings.topology_wait_seconds, stop)
+    topology = await _find_topology(settings, stop, store, patience)
+    if topology is None:
         await asyncio.gather(*(each.stop(None) for each in servers))
+        return
+    await _serve_cluster(settings, stop, store, files, topology, health, servers, patience)
 
 
-async def _find_topology(settings: ShardSettings, stop: StopRequest, store: TopologyStore) -> Topology | None:
+async def _find_topology(
+    settings: ShardSettings, stop: StopRequest, store: TopologyStore, patience: StorePatience
+) -> Topology | None:
     """The topology, which has a place for this shard, or will have; None: it was asked to stop before there was one."""
     if settings.join:
         topology = await first_topology(store, settings.topology, stop.event)
     else:
-        topology = await store.read()
+        topology = await patience.wait_for(store.read)
         find_shard(topology, settings.shard_id)
+    if topology is not None:
+        partitioner_of(topology.settings.partitioner)  # one that this release does not know is an error here
     if topology is not None and not topology.secret:
         raise TopologyError(
             f"the topology at {settings.topology} was made by an older release and has no secret for the cluster's"
@@ -98,6 +110,7 @@ async def _serve_cluster(  # noqa: PLR0917
     topology: Topology,
     health: Health,
     servers: list[grpc.aio.Server],
+    patience: StorePatience,
 ) -> None:
     identity = Identity(topology.cluster_id, settings.shard_id)
     core = ShardCore(settings, topology.settings, files)
@@ -107,6 +120,7 @@ async def _serve_cluster(  # noqa: PLR0917
         access=AccessInterceptor(ClusterGate(topology.secret)),
         patience=Patience(settings.handshake_seconds, settings.connection_idle_seconds),
     )
+    servers.append(server)
     await health.register(server)
     address = await bind(server, settings.listen, credentials=startup.credentials_of(settings, settings.tls_ca))
     service = ShardService(identity, stop.event)
@@ -114,29 +128,22 @@ async def _serve_cluster(  # noqa: PLR0917
     add_raw_handlers(server, SERVICE, stream_stream={"Append": service.append})
     add_reflection(server, [SERVICE])
     await server.start()
-    servers.append(server)
     await _recover(core, settings, stop)
     core.own(identity, topology.slots_of(settings.shard_id))
-    check_slots(await store.read(), settings.shard_id, core.state.ownership, settings.data_dir)
+    check_slots(await patience.wait_for(store.read), settings.shard_id, core.state.ownership, settings.data_dir)
     core.configure(now_ms())
     owner = ShardOwner(core, settings)
     channels = ShardChannels(settings, topology.cluster_id, topology.secret)
     moves = ShardMoves(owner, store, channels, settings)
     service.open(owner, moves)
-    await register(
-        store,
-        settings.shard_id,
-        settings.advertise or address,
-        core.directory_id,
-        settings.data_dir,
-        join=settings.join,
-    )
-    await health.set(ready=True)
-    log.event(
-        "ready", address=address, cluster=topology.cluster_id, songs=len(core.state.songs), position=core.position
-    )
-    startup.tell_supervisor(settings, address)
+    place = (settings.shard_id, settings.advertise or address, core.directory_id, settings.data_dir)
     try:
+        await patience.wait_for(lambda: register(store, *place, join=settings.join))
+        await health.set(ready=True)
+        log.event(
+            "ready", address=address, cluster=topology.cluster_id, songs=len(core.state.songs), position=core.position
+        )
+        startup.tell_supervisor(settings, address)
         await _serve_until_stopped(settings, stop, owner, health, servers)
     finally:
         await moves.close()

@@ -28,6 +28,7 @@ SHARD_ID_KEY: Final = "topk-shard-id"
 CLUSTER_ID_KEY: Final = "topk-cluster-id"
 _STREAM_REQUESTS_MAX: Final = 64
 _PIECE_BYTES: Final = 1 << 20  # of an image, in one message
+_PAGE_ENTRIES: Final = 8192  # of an answer in pages: about a megabyte with the longest names
 
 T = TypeVar("T")
 
@@ -127,6 +128,31 @@ class ShardService(_Base):  # type: ignore[misc]
             return answer(core)
 
         return await self._owner.scan(key, followed)
+
+    async def QueryAtLeast(  # noqa: N802
+        self, request: pb.QueryAtLeastRequest, context: Context
+    ) -> AsyncIterator[pb.QueryAtLeastResponse]:
+        """Entries with at least so many plays, and the counts of songs, from one state, in pages."""
+        self._check_addressee(context)
+        scope, song_ids = _scope(request.scope), tuple(request.song_ids)
+        if request.count_min < 1 or scope.gap_ms:
+            raise InvalidArgumentError("count_min has to be 1 at least, and sessions are not counted so")
+
+        def answer(core: ShardCore) -> tuple[pb.Coverage, list[int], query.Ranked]:
+            asked, found, totals = query.at_least(core.state, scope, request.count_min, song_ids, request.entries_max)
+            core.state.standing.use(scope.standing, now_ms())
+            return _coverage(core, totals), asked, found
+
+        key = ("at_least", scope, request.count_min, song_ids, request.entries_max)
+        coverage, asked, found = await self._scan(key, scope, answer)
+        for start in range(0, max(1, len(found.counts)), _PAGE_ENTRIES):
+            page = slice(start, start + _PAGE_ENTRIES)
+            yield pb.QueryAtLeastResponse(
+                coverage=None if start else coverage,
+                asked_counts=() if start else asked,
+                song_ids=found.song_ids[page],
+                counts=found.counts[page],
+            )
 
     async def QueryCounts(self, request: pb.QueryCountsRequest, context: Context) -> pb.QueryCountsResponse:  # noqa: N802
         """The counts of songs."""

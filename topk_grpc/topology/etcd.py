@@ -5,10 +5,11 @@
     PREFIX/leader/NAME   of the leader of that name, under its lease
     PREFIX/alive/NAME    the text of the process of that name, under its lease
 
-A change is one transaction: if the topology is still of the revision that was read, put the new one and the number of the
-change. Whoever sent one and heard nothing reads again. The number says whether it was made. If the revision is still the
-old one the same transaction is sent once more: at most one of the two can find that revision. If a later epoch is there,
-ours may have been among those that it replaced, which nobody can tell any more: the outcome stays unknown.
+A change is one transaction: if the topology is still of the revision that was read, put the new one and the number of
+the change. Whoever sent one and heard nothing reads again. The number says whether it was made. If the revision is
+still the old one the same transaction is sent once more: at most one of the two can find that revision. If a later
+epoch is there, ours may have been among those that it replaced, which nobody can tell any more: the outcome stays
+unknown.
 
 A watch begins with a read and goes on from the revision of that read, and does the same again whenever it ends: after a
 restart of etcd, when its member has lost the majority, or when etcd has compacted what it was to go on from. To ask for
@@ -30,7 +31,8 @@ from aetcd import rpc
 from topk_grpc.errors import TopologyError, UnavailableError
 from topk_grpc.model import Topology
 from topk_grpc.topology.codec import decode, encode
-from topk_grpc.topology.etcd_client import EtcdClient, addresses_of
+from topk_grpc.topology.etcd_client import EtcdClient
+from topk_grpc.topology.etcd_members import addresses_of
 from topk_grpc.topology.etcd_presence import EtcdPresence
 from topk_grpc.topology.store import Leadership, StoreAccess, check_succession
 
@@ -108,22 +110,22 @@ class EtcdTopologyStore:
         while True:
             try:
                 found = await self._find()
-                if found.change == change:
-                    return
-                if unsure and found.topology is not None and found.topology.epoch > topology.epoch:
-                    raise self._unknown(topology, "others have changed it since")
-                check_succession(found.topology, topology, self._where)
+            except UnavailableError as error:
+                if not unsure:
+                    raise
+                await self._wait(topology, deadline, next(pauses), error)
+                continue
+            if found.change == change:
+                return
+            if unsure and found.topology is not None and found.topology.epoch > topology.epoch:
+                raise self._unknown(topology, "others have changed it since")
+            check_succession(found.topology, topology, self._where)
+            try:
                 if await self._replace(found, raw, change):
                     return
-            except _NoAnswerError as error:
+            except UnavailableError as error:
                 unsure = True
-                if time.monotonic() > deadline:
-                    raise self._unknown(topology, str(error)) from error
-                await self._client.pause(next(pauses))
-            except UnavailableError as error:  # of the read
-                if not unsure or time.monotonic() > deadline:
-                    raise (self._unknown(topology, str(error)) if unsure else error) from error
-                await self._client.pause(next(pauses))
+                await self._wait(topology, deadline, next(pauses), error)
 
     async def watch(self) -> AsyncGenerator[Topology, None]:
         """As `TopologyStore.watch`.
@@ -134,9 +136,9 @@ class EtcdTopologyStore:
         epoch = -1
         pauses = _pauses()
         while not self._client.closed.is_set():
+            began = time.monotonic()
             try:
                 found = await self._find()
-                pauses = _pauses()
                 if found.topology is not None and found.topology.epoch > epoch:
                     epoch = found.topology.epoch
                     yield found.topology
@@ -147,6 +149,8 @@ class EtcdTopologyStore:
                             epoch = topology.epoch
                             yield topology
             except UnavailableError:
+                if time.monotonic() - began > _PAUSE_SECONDS[1]:
+                    pauses = _pauses()
                 await self._client.pause(next(pauses))
 
     def lead(self, name: str) -> AbstractAsyncContextManager[Leadership]:
@@ -182,7 +186,7 @@ class EtcdTopologyStore:
         """Puts a topology in the place of the one found; whether that was still there.
 
         Raises:
-            _NoAnswerError: nobody knows.
+            UnavailableError: nobody knows.
         """
         # A key that is not there is of revision 0.
         unchanged = rpc.Compare(
@@ -193,20 +197,19 @@ class EtcdTopologyStore:
             for key, value in ((self._key, raw), (self._change_key, change))
         ]
         request = rpc.TxnRequest(compare=[unchanged], success=puts)
-        try:
-            return bool((await self._client.call("KV", "Txn", request, failover=False)).succeeded)
-        except UnavailableError as error:
-            raise _NoAnswerError(str(error)) from error
+        return bool((await self._client.call("KV", "Txn", request, failover=False)).succeeded)
+
+    async def _wait(self, topology: Topology, deadline: float, seconds: float, failure: UnavailableError) -> None:
+        """Waits before a change is looked for once more; not for ever."""
+        if time.monotonic() > deadline:
+            raise self._unknown(topology, str(failure)) from failure
+        await self._client.pause(seconds)
 
     def _unknown(self, topology: Topology, reason: str) -> UnavailableError:
         return UnavailableError(
             f"whether epoch {topology.epoch} has replaced {topology.epoch - 1} at {self._where} is unknown ({reason}):"
             " read it and decide again"
         )
-
-
-class _NoAnswerError(UnavailableError):
-    """A transaction was sent and not answered."""
 
 
 def _pauses() -> Iterator[float]:

@@ -1,9 +1,9 @@
 """Who leads and who lives, by leases of etcd.
 
-A key under a lease is gone when the lease has not been refreshed for its time. etcd counts that from when it has received
-a refresh, its holder from when it has sent it, and stops a margin earlier: so a leader that is cut off knows that it may
-have been replaced before it can be. Whose clock runs wrong by more than the margin in that time, or who is stopped as a
-whole (SIGSTOP), may believe on; a change of the topology that it then makes is refused for its epoch.
+A key under a lease is gone when the lease has not been refreshed for its time. etcd counts that from when it has
+received a refresh, its holder from when it has sent it, and stops a margin earlier: so a leader that is cut off knows
+that it may have been replaced before it can be. Whose clock runs wrong by more than the margin in that time, or who is
+stopped with its clock, may believe on; a change of the topology that it then makes is refused for its epoch.
 
 An announcement is made anew when its lease was lost. A leader is not made anew: who lost it has to begin again.
 """
@@ -19,17 +19,19 @@ from typing import Final
 
 from aetcd import rpc
 
-from topk_grpc.errors import TopKError, UnavailableError
+from topk_grpc.errors import SettingError, TopKError, TopologyError, UnavailableError
+from topk_grpc.rpc import log
 from topk_grpc.topology.etcd_client import EtcdClient
 from topk_grpc.topology.store import Leadership
 
-LEASE_SECONDS: Final = 6
-"""After this time without a refresh etcd gives a lease up."""
+LEASE_SECONDS: Final = 10
+"""After this time without a refresh etcd gives a lease up. One refresh may meet a member that hangs, and then one that
+has no leader yet."""
 
 MARGIN_SECONDS: Final = 1.0
 """So much earlier its holder does."""
 
-_REFRESH_SECONDS: Final = 1.5
+_REFRESH_SECONDS: Final = 2.0
 _POLL_SECONDS: Final = 0.5
 
 
@@ -114,7 +116,7 @@ class EtcdPresence:
     async def _win(self, key: bytes) -> _Lease:
         """Waits until the key could be made; its lease."""
         while True:
-            with suppress(UnavailableError):  # waits for etcd as for another leader
+            with suppress(TopologyError, UnavailableError):  # a lost lease and etcd are waited for as another leader is
                 if not (await self._client.call("KV", "Range", rpc.RangeRequest(key=key))).kvs:
                     lease = await self._grant()
                     won = False
@@ -128,16 +130,27 @@ class EtcdPresence:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _keep_saying(self, key: bytes, text: bytes, said: asyncio.Event) -> None:
-        while True:
-            with suppress(UnavailableError):
-                lease = await self._grant()
+        held: _Lease | None = None
+        try:
+            while True:
                 try:
+                    lease = await self._grant()
                     await self._client.call("KV", "Put", rpc.PutRequest(key=key, value=text, lease=lease.lease_id))
                     said.set()
+                    before, held = held, lease
+                    if before is not None:  # only now: so the key was there all the time, if etcd has kept it
+                        await self._revoke(before)
                     await self._hold(lease, key)
-                finally:
-                    await self._revoke(lease)
-            await asyncio.sleep(_POLL_SECONDS)
+                except (TopologyError, UnavailableError):
+                    pass  # the lease was lost in between; or etcd is away, which the client has told
+                except SettingError as error:  # what the user may do has changed, and may again
+                    if not said.is_set():
+                        raise
+                    log.warning("announcement_refused", key=key.decode(), reason=str(error))
+                await asyncio.sleep(_POLL_SECONDS)
+        finally:
+            if held is not None:
+                await self._revoke(held)
 
     async def _grant(self) -> _Lease:
         sent = asyncio.get_running_loop().time()
@@ -152,25 +165,24 @@ class EtcdPresence:
 
     async def _hold(self, lease: _Lease, key: bytes) -> None:
         """Refreshes a lease; returns when it is lost, or the key is not under it any more."""
-        loop = asyncio.get_running_loop()
         with suppress(TimeoutError):
             while True:
                 async with asyncio.timeout_at(lease.until):
                     await asyncio.sleep(_REFRESH_SECONDS)
-                    sent = loop.time()
-                    try:
-                        seconds = await self._refresh(lease)
-                        found = await self._client.call("KV", "Range", rpc.RangeRequest(key=key))
-                    except UnavailableError:
-                        continue
-                if seconds <= 0 or not any(each.lease == lease.lease_id for each in found.kvs):
-                    return
-                lease.until = sent + seconds - MARGIN_SECONDS
+                    with suppress(UnavailableError):
+                        if not await self._refresh(lease, key):
+                            return
 
-    async def _refresh(self, lease: _Lease) -> int:
-        """The seconds that a lease has again; none when it is lost."""
-        answer = await self._client.call("Lease", "LeaseKeepAlive", [rpc.LeaseKeepAliveRequest(ID=lease.lease_id)])
-        return int(answer.TTL)
+    async def _refresh(self, lease: _Lease, key: bytes) -> bool:
+        """Asks for more time; whether there is any, and the key is still there."""
+        sent = asyncio.get_running_loop().time()
+        request = rpc.LeaseKeepAliveRequest(ID=lease.lease_id)
+        seconds = int((await self._client.call("Lease", "LeaseKeepAlive", [request])).TTL)
+        if seconds <= 0:
+            return False
+        lease.until = sent + seconds - MARGIN_SECONDS
+        found = await self._client.call("KV", "Range", rpc.RangeRequest(key=key))
+        return any(each.lease == lease.lease_id for each in found.kvs)
 
     async def _revoke(self, lease: _Lease) -> None:
         """Ends a lease, and with it its key. If etcd cannot be told now it ends by itself."""

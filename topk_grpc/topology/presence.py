@@ -3,9 +3,9 @@
     PATH.NAME.lock     locked by the leader of that name
     PATH.alive/NAME    locked by the process of that name while it lives; holds its text
 
-The kernel gives a lock back when its holder dies, so nothing has to be renewed or cleaned up. An announcement is written and
-locked under another name and then renamed: who reads it finds it whole and locked. The file of an earlier process of the
-same name is thereby replaced, and its lock is of no name any more.
+The kernel gives a lock back when its holder dies, so nothing has to be renewed or cleaned up. An announcement is
+written and locked under another name and then renamed: who reads it finds it whole and locked. The file of an earlier
+process of the same name is thereby replaced, and its lock is of no name any more.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class FilePresence:
 
 async def _look(descriptor: int, path: Path, leadership: Leadership) -> None:
     """A lock is lost only with its file's name: another process then makes a new file and locks that."""
-    while is_still(descriptor, path):
+    while is_still(descriptor, path):  # noqa: ASYNC110 - another process may change it
         await asyncio.sleep(POLL_SECONDS)
     leadership.lost.set()
 
