@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
-from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 from tests.cluster.processes import READY_SECONDS, Server, _children, free_port, wait_for
 from tests.security.certificates import Authority, Pair
 from topk_grpc.client import BlockingTopKClient, TlsOptions
 from topk_grpc.gateway.tokens import digest_of
+from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 TOKENS: Final = {
     "ingester": ("topk_test-ingest-0123456789", ["ingest"], ""),
@@ -66,7 +66,7 @@ class Secured:
         self.client_pair = self.client_ca.issue("client")
         self.tokens_file = root / "tokens.toml"
         self.tokens_file.write_text(tokens_toml(list(TOKENS)))
-        self.port, self.metrics_port = free_port(), free_ports(3)
+        self.port, self.metrics_port = free_port(), free_ports(4)
         self.address = f"127.0.0.1:{self.port}"
         self._settings = {
             "TOPK_TLS_CERT": str(self.server_pair.cert),

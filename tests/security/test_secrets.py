@@ -10,8 +10,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
-from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
 
 from tests.cluster.processes import GLOBAL, run_topk
 from tests.security.secured import TOKENS, Secured, bearer
@@ -19,6 +17,8 @@ from topk_grpc import TopKClient
 from topk_grpc.cli.reach import Reach
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
+from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
 from topk_grpc.topology.codec import decode
 
 MISTYPED = "topk_mistyped-token-of-somebody"
@@ -71,11 +71,11 @@ def test_no_secret_is_logged_answered_counted_or_listed(secured: Secured, tmp_pa
     )
     assert cli.returncode == 1
     seen += [cli.stdout, cli.stderr, secured.server.stderr, secured.server.out.read_text()]
-    for number in range(3):
+    for number in range(4):
         with urllib.request.urlopen(f"http://127.0.0.1:{secured.metrics_port + number}/metrics", timeout=10) as answer:
             seen.append(answer.read().decode())
     processes = [*secured.pids().values(), secured.server.pid]
-    assert len(processes) == 4
+    assert len(processes) == 5
     seen += [(Path("/proc") / str(pid) / "cmdline").read_bytes().decode() for pid in processes]
 
     secret = str(secured.topology()["secret"])
