@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import grpc
-from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceServicer, add_TopKServiceServicer_to_server
 
 from topk_grpc.errors import TopKError
 from topk_grpc.pb.topk.v1 import play_pb2, query_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceServicer, add_TopKServiceServicer_to_server
 from topk_grpc.rpc.status import status_of
 
 

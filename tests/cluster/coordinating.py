@@ -19,8 +19,6 @@ from typing import Any, Final, TypeVar
 
 import grpc
 import numpy as np
-from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
-from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
 
 from tests.cluster.processes import GLOBAL
 from tests.cluster.stages import ABORT, BEGIN, COMMIT, EXPORT, FREEZE, IMPORT, SETTLE, Stage
@@ -40,6 +38,8 @@ from topk_grpc.migration.records import Event, advance, begin
 from topk_grpc.model import ClusterSettings, Migration, Topology
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
+from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
 from topk_grpc.rpc.channels import open_channel
 from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.topology import open_store

@@ -18,10 +18,10 @@ from typing import Any, Final
 import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 from topk_grpc.pb.topk.v1 import query_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # processes are started by exec
 

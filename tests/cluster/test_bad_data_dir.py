@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
 
 from tests.cluster.processes import Cluster, Server, entries_of, ranked, top_k, wait_for
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
 
 pytestmark = pytest.mark.cluster
 

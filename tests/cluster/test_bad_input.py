@@ -12,11 +12,11 @@ from typing import Any
 
 import grpc
 import pytest
-from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
 
 from tests.cluster.processes import GLOBAL, Cluster, entries_of, reason_of, run_topk, top_k
 from topk_grpc.pb.topk.v1 import query_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
 
 pytestmark = pytest.mark.cluster
 

@@ -14,8 +14,6 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
-from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 from tests.cluster.processes import Server, entries_of, free_port, ranked, run_topk, top_k, wait_for
 from tests.faults.proxy import TO_CLIENT, TO_SERVER, Proxy, Trouble
@@ -26,6 +24,8 @@ from topk_grpc.migration.calls import GrpcShardCalls
 from topk_grpc.migration.mover import Mover
 from topk_grpc.model import ClusterSettings, ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
+from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 from topk_grpc.ring import plan_owners
 from topk_grpc.rpc.shard_channels import ShardChannels
 from topk_grpc.topology import StoreAccess, open_store

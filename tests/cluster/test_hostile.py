@@ -13,14 +13,14 @@ from typing import Any
 
 import grpc
 import pytest
-from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
-from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 from tests.cluster import raw_http2 as raw
 from tests.cluster.processes import GLOBAL, Cluster, reason_of, wait_for
 from topk_grpc.kernels.encode import batch_header, varint
 from topk_grpc.pb.topk.v1 import query_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
+from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 pytestmark = pytest.mark.cluster
 

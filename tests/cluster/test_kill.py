@@ -16,8 +16,6 @@ from typing import Final
 
 import grpc
 import pytest
-from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
-from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 from tests.cluster.processes import (
     GLOBAL,
@@ -36,6 +34,8 @@ from topk_grpc.kernels import compiled
 from topk_grpc.model import ClusterSettings, ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import query_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
+from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 from topk_grpc.ring.plan import plan_owners
 from topk_grpc.topology import open_store
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from typing import Final
 
 import pytest
-from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
 
 from tests.cluster.processes import GLOBAL, Cluster, entries_of, ranked, top_k
 from topk_grpc.pb.topk.v1 import query_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
 
 pytestmark = pytest.mark.cluster
 

@@ -16,8 +16,6 @@ from typing import Final
 
 import grpc
 import pytest
-from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
-from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 from tests.answers import check_songs, check_top_k
 from tests.cluster.processes import Cluster, wait_for
@@ -40,6 +38,8 @@ from topk_grpc.model import (
     parse_window,
 )
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
+from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 from topk_grpc.rpc import convert
 from topk_grpc.topology import open_store
 

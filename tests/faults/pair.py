@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Final
 
 import grpc
-from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
-from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 from tests.cluster.processes import Server
 from tests.faults.files import CONTROL
 from topk_grpc.model import ClusterSettings, ShardInfo, Topology
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
+from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 from topk_grpc.topology import open_store
 
 STOP_SECONDS: Final = 4.0

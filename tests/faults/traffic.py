@@ -19,13 +19,13 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
 
 from tests.faults.ledger import NAMES, NOW_SONGS, PAST_HOURS, SECOND, SETS, SONGS, Ledger, Plays
 from topk_grpc import TopKClient
 from topk_grpc.errors import TopKError, UnavailableError
 from topk_grpc.model import Rejected
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
 
 Finding = Callable[[str], None]
 

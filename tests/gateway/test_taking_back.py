@@ -6,7 +6,6 @@ import asyncio
 
 import grpc
 import pytest
-from topk_grpc.pb.topk.v1.query_pb2 import GlobalWindow, Window
 
 from tests.engine.engine_shard import NOW
 from tests.gateway.cluster import SLOTS, Cluster, Gateway, batch, record, rejects
@@ -15,6 +14,7 @@ from topk_grpc.errors import InvalidArgumentError, TopKError, UnavailableError
 from topk_grpc.model import Play
 from topk_grpc.pb.topk.v1 import admin_service_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.query_pb2 import GlobalWindow, Window
 from topk_grpc.rpc.status import from_rpc_error
 
 

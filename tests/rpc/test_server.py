@@ -14,11 +14,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
 
 from topk_grpc import errors
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2_grpc as pb_grpc
+from topk_grpc.pb.topk.v1.play_pb2 import PlayBatch
 from topk_grpc.rpc import status
 from topk_grpc.rpc.channels import open_channel, target_of
 from topk_grpc.rpc.server import (

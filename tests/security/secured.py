@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
-from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 from tests.cluster.processes import READY_SECONDS, Server, _children, free_port, wait_for
 from tests.security.certificates import Authority, Pair
 from topk_grpc.client import BlockingTopKClient, TlsOptions
 from topk_grpc.gateway.tokens import digest_of
+from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
 TOKENS: Final = {
     "ingester": ("topk_test-ingest-0123456789", ["ingest"], ""),

@@ -14,13 +14,13 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography import x509
-from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
 
 from tests.cluster.processes import GLOBAL, reason_of, run_topk, wait_for
 from tests.security.certificates import Authority
 from tests.security.secured import TOKENS, Secured, bearer, tokens_toml
 from topk_grpc import BlockingTopKClient, UnauthenticatedError
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
 
 pytestmark = pytest.mark.cluster
 

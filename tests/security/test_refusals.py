@@ -12,9 +12,6 @@ import pytest
 from google.protobuf.descriptor_pool import Default
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from topk_grpc.pb.topk.v1.admin_service_pb2_grpc import ClusterAdminServiceStub
-from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
-from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
 
 from tests.cluster.processes import GLOBAL, Server, reason_of, run_topk, wait_for
 from tests.security.secured import Secured, bearer
@@ -22,6 +19,9 @@ from topk_grpc.gateway.access import ROLES_OF_METHODS
 from topk_grpc.pb.topk.v1 import admin_service_pb2 as admin_pb
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.admin_service_pb2_grpc import ClusterAdminServiceStub
+from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
+from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
 from topk_grpc.rpc.access import OPEN_METHODS
 
 pytestmark = pytest.mark.cluster

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
-from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
 
 from tests.cluster.processes import GLOBAL, run_topk
 from tests.security.secured import TOKENS, Secured, bearer
@@ -19,6 +17,8 @@ from topk_grpc import TopKClient
 from topk_grpc.cli.reach import Reach
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as shard_pb
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
+from topk_grpc.pb.topk.v1.play_pb2 import Play, PlayBatch
+from topk_grpc.pb.topk.v1.shard_service_pb2_grpc import ShardServiceStub
 from topk_grpc.topology.codec import decode
 
 MISTYPED = "topk_mistyped-token-of-somebody"
