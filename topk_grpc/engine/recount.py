@@ -8,6 +8,9 @@ snapshot the cells, not the counts, which are compared with them.
 
 Only where the last tier drops plays for good can cells not say everything: what a snapshot counts beyond its cells is
 taken as one more row without a time.
+
+Slots that move come and go as the records of the log say: the rows of an image are added when its migration is
+committed, and those of slots that were given away are taken out.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from topk_grpc.engine.account import (
     window_account,
 )
 from topk_grpc.engine.admission import Part, read_request
+from topk_grpc.engine.slots_image import SlotsImage, read_image
 from topk_grpc.engine.state import CHARTS, GLOBAL
 from topk_grpc.errors import InvalidArgumentError
 from topk_grpc.kernels.hash import hash_strings
@@ -41,6 +45,7 @@ from topk_grpc.kernels.strings import StringTable
 from topk_grpc.kernels.wire import message_spans
 from topk_grpc.model import ClusterSettings, SessionWindow, parse_window
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
+from topk_grpc.ring.partitioners import partitioner_of
 
 _NO_TIME: Final = -(1 << 62)
 _ROWS_MAX: Final = 1 << 24
@@ -70,6 +75,7 @@ class Recount:
         self._producers: dict[bytes, tuple[int, int, bool]] = {}
         self._next_number = 0
         self._times_ms: tuple[int, int | None] = (0, None)
+        self._held: dict[int, tuple[tuple[int, ...], bytes]] = {}
         self.differences: list[str] = []
 
     # --- What there is ------------------------------------------------------------------------------------------------
@@ -108,6 +114,8 @@ class Recount:
         marks = [arrays[f"marks.{name}"].astype(np.uint64).tolist() for name in ("keys", "highest", "bitmaps")]
         for key, highest, bitmap in zip(*marks, strict=True):
             self._marks[key >> 32, (key & 0xFFFFFFFF) - 1] = highest, bitmap
+        for migration_id, _, slots, _ in meta["ownership"]["held"]:
+            self.hold(migration_id, slots, arrays[f"images.{migration_id}"].tobytes())
 
     def use(self, settings: ClusterSettings) -> None:
         """Counts under these settings, which the log begins with."""
@@ -147,6 +155,71 @@ class Recount:
         numbers = {self._producers.pop(name)[0] for name in idle}
         self._marks = {key: mark for key, mark in self._marks.items() if key[0] not in numbers}
 
+    # --- Slots that move ----------------------------------------------------------------------------------------------
+
+    def hold(self, migration_id: int, slots: Sequence[int], image: bytes = b"") -> None:
+        """Takes note of slots on their way: here, with their image, or away from here, without one."""
+        self._held[migration_id] = tuple(slots), image
+
+    def settle(self, migration_id: int, *, committed: bool) -> None:
+        """Counts an image, or forgets slots that were given away, if the migration was committed.
+
+        Raises:
+            InvalidArgumentError: there is no such migration here, or what is held is no image.
+        """
+        if migration_id not in self._held:
+            raise InvalidArgumentError(f"migration {migration_id} ends, and has never begun")
+        slots, image = self._held.pop(migration_id)
+        if committed and image:
+            self._take_in(read_image(image))
+        elif committed:
+            self._forget_slots(slots)
+
+    def _take_in(self, image: SlotsImage) -> None:
+        if image.oldest_event_ms is not None:
+            self._note_times(image.oldest_event_ms, image.newest_event_ms)
+        songs = self._songs.add(image.song_ids, image.song_starts, image.song_sizes, image.song_hashes).astype(np.int64)
+        charts = np.zeros(1 + len(image.charts), np.int64)
+        if image.charts:
+            charts[1:] = self._charts.add_texts(list(image.charts))
+        for board in image.boards.values():
+            keys, cells = charts[board.charts] << 32 | songs[board.songs], board.cells
+            self._add(keys[cells.entries], cells.buckets.astype(np.int64), cells.counts.astype(np.int64))
+            beyond = board.counts.copy()
+            np.subtract.at(beyond, cells.entries, cells.counts)
+            held = np.flatnonzero(beyond)
+            self._add(keys[held], np.full(len(held), _NO_TIME, np.int64), beyond[held])
+        numbers = [self._know(one.producer_id, one.last_seen_ms, one.permanent) for one in image.producers]
+        marks = image.marks
+        columns = (marks.producers, marks.slots, marks.highest, marks.bitmaps)
+        for producer, slot, highest, bitmap in zip(*(column.tolist() for column in columns), strict=True):
+            self._marks[numbers[producer], slot] = highest, bitmap
+
+    def _forget_slots(self, slots: Sequence[int]) -> None:
+        if partitioner_of(self._settings.partitioner).whole_songs:
+            gone = np.isin(self._hashes(self._songs) % np.uint64(self._settings.slots), slots)
+            self._rows = [
+                tuple(column[~gone[keys & 0xFFFFFFFF]] for column in (keys, buckets, counts))
+                for keys, buckets, counts in self._rows
+            ]
+        marked = {number for number, slot in self._marks if slot in slots}
+        self._marks = {key: mark for key, mark in self._marks.items() if key[1] not in slots}
+        nowhere = marked - {number for number, _ in self._marks}
+        self._producers = {name: one for name, one in self._producers.items() if one[0] not in nowhere}
+
+    # --- Plays --------------------------------------------------------------------------------------------------------
+
+    def _note_times(self, first_ms: int, last_ms: int) -> None:
+        newest, oldest = self._times_ms
+        self._times_ms = (last_ms, first_ms) if oldest is None else (max(newest, last_ms), min(oldest, first_ms))
+
+    def _know(self, name: bytes, seen_ms: int, permanent: bool) -> int:
+        """Takes note of a producer; returns its number."""
+        number, before_ms, was_permanent = self._producers.get(name, (self._next_number, 0, False))
+        self._next_number = max(self._next_number, number + 1)
+        self._producers[name] = number, max(before_ms, seen_ms), was_permanent or permanent
+        return number
+
     def _count(self, request: bytes, part: Part, verdict: pb.Verdict, admitted_ms: int) -> None:
         columns = part.columns
         keys = part.slot_keys(request, self._settings)
@@ -166,9 +239,7 @@ class Recount:
         if not len(rows):
             return
         times = columns.times_ms[rows]
-        newest, oldest = self._times_ms
-        first, last = int(times.min()), int(times.max())
-        self._times_ms = (last, first) if oldest is None else (max(newest, last), min(oldest, first))
+        self._note_times(int(times.min()), int(times.max()))
         songs = self._songs.add(request, columns.song_starts[rows], columns.song_sizes[rows], part.hashes[rows])
         buckets, counts = times // self._settings.resolution_ms, columns.counts[rows]
         self._add(songs.astype(np.int64), buckets, counts)
@@ -181,9 +252,7 @@ class Recount:
             self._add(charts.astype(np.int64) << 32 | songs[of].astype(np.int64), buckets[of], counts[of])
 
     def _mark(self, name: bytes, slots: Sequence[int], sequence: int, seen_ms: int, permanent: bool) -> None:
-        number, before_ms, was_permanent = self._producers.get(name, (self._next_number, 0, False))
-        self._next_number = max(self._next_number, number + 1)
-        self._producers[name] = number, max(before_ms, seen_ms), was_permanent or permanent
+        number = self._know(name, seen_ms, permanent)
         for slot in slots:
             mark = self._marks.get((number, slot))
             if mark is None:

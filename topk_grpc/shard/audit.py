@@ -21,7 +21,7 @@ from topk_grpc.engine.recount import Recount
 from topk_grpc.errors import CorruptError, InvalidArgumentError, StorageError
 from topk_grpc.model import ClusterSettings
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
-from topk_grpc.shard.core import APPEND, DELETE_SONG, EXPIRE, OWNED, ShardCore
+from topk_grpc.shard.core import APPEND, DELETE_SONG, EXPIRE, FROZEN, IMPORTED, OUTCOME, OWNED, ShardCore
 from topk_grpc.storage import DataDirectory
 from topk_grpc.storage.snapshot import Snapshot
 from topk_grpc.storage.view import MovedOnError, View
@@ -262,6 +262,7 @@ def _count(  # noqa: PLR0917
             snapshot.arrays,
             {board: [columns[number] for number in numbers] for board, numbers in meta["blocks"].items()},
         )
+    pieces: list[bytes] = []  # of an image
     for record_type, payload, position in view.records(start, end):
         try:
             if record_type == APPEND:
@@ -273,6 +274,18 @@ def _count(  # noqa: PLR0917
             elif record_type == OWNED:
                 record = pb.OwnedRecord.FromString(bytes(payload))
                 counting.use(ClusterSettings(record.cluster_slots, record.partitioner, record.resolution_ms))
+            elif record_type == FROZEN:
+                frozen = pb.FrozenRecord.FromString(bytes(payload))
+                counting.hold(frozen.migration_id, frozen.slots)
+            elif record_type == IMPORTED:
+                imported = pb.ImportedRecord.FromString(bytes(payload))
+                pieces.append(imported.piece)
+                if sum(map(len, pieces)) == imported.image_bytes:
+                    counting.hold(imported.migration_id, imported.slots, b"".join(pieces))
+                    pieces = []
+            elif record_type == OUTCOME:
+                outcome = pb.OutcomeRecord.FromString(bytes(payload))
+                counting.settle(outcome.migration_id, committed=outcome.committed)
         except InvalidArgumentError as error:
             counting.differences.append(f"the record that ends at position {position} makes no sense: {error}")
         on_position(position)
