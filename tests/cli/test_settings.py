@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from topk_grpc.cli import settings
-from topk_grpc.config import GatewaySettings, ShardSettings, describe
+from topk_grpc.config import ShardSettings, describe
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = ["--topology", "file:x", "--shard-id", "s", "--data-dir", "d"]
@@ -32,7 +32,7 @@ def test_docs_are_current() -> None:
 
 def test_docs_name_every_setting() -> None:
     text = settings.markdown()
-    for role in (ShardSettings, GatewaySettings):
+    for role in settings.ROLES.values():
         for info in describe(role):
             assert f"`{info.flag}` | `{info.variable}`" in text
             assert info.help
@@ -105,7 +105,7 @@ def test_up_passes_on_what_it_is_given() -> None:
 
 def test_every_setting_is_tunable_or_owned_by_up() -> None:
     tunable = {info.name for info in settings.tunables()}
-    everything = {info.name for role in (ShardSettings, GatewaySettings) for info in describe(role)}
+    everything = {info.name for role in settings.ROLES.values() for info in describe(role)}
     assert tunable | settings.OWNED_BY_UP == everything
     assert not tunable & settings.OWNED_BY_UP
 

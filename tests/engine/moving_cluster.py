@@ -32,6 +32,7 @@ from tests.window_traffic import (
 )
 from topk_grpc.engine import query, transfer
 from topk_grpc.engine.admission import Limits
+from topk_grpc.engine.indexing import unindexed, use_indexes
 from topk_grpc.engine.query import Scope
 from topk_grpc.engine.transfer import SlotTotals
 from topk_grpc.errors import OutOfRangeError
@@ -212,6 +213,10 @@ class MovingCluster:
         before = transfer.slot_totals(source.state, held)
         source.do(Frozen(held))
         image = transfer.export_slots(source.state, held)
+        if held[0] % 2 and (todo := unindexed(source.state)):
+            use_indexes(source.state, [(one, one.index()) for one in todo])
+            assert transfer.export_slots(source.state, held) == image
+            note("indexed")
         assert transfer.slot_totals(source.state, held) == before
         read = transfer.read_image(image)
         assert transfer.image_totals(read) == before

@@ -66,7 +66,7 @@ class Secured:
         self.client_pair = self.client_ca.issue("client")
         self.tokens_file = root / "tokens.toml"
         self.tokens_file.write_text(tokens_toml(list(TOKENS)))
-        self.port, self.metrics_port = free_port(), free_ports(3)
+        self.port, self.metrics_port = free_port(), free_ports(4)
         self.address = f"127.0.0.1:{self.port}"
         self._settings = {
             "TOPK_TLS_CERT": str(self.server_pair.cert),

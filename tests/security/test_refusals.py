@@ -176,7 +176,7 @@ def test_a_client_refuses_a_cluster_of_another_ca(secured: Secured) -> None:
 def test_a_shard_refuses_whoever_is_not_its_cluster(secured: Secured) -> None:
     topology = secured.topology()
     shard = topology["shards"][0]
-    port = secured.metrics_port + 1
+    port = secured.metrics_port + 2  # behind the controller's
     meant = (("topk-cluster-id", topology["cluster_id"]), ("topk-shard-id", shard["shard_id"]))
     describe = shard_pb.DescribeShardRequest()
     before = secured.refused("FOREIGN_CALLER", port=port)

@@ -71,11 +71,11 @@ def test_no_secret_is_logged_answered_counted_or_listed(secured: Secured, tmp_pa
     )
     assert cli.returncode == 1
     seen += [cli.stdout, cli.stderr, secured.server.stderr, secured.server.out.read_text()]
-    for number in range(3):
+    for number in range(4):
         with urllib.request.urlopen(f"http://127.0.0.1:{secured.metrics_port + number}/metrics", timeout=10) as answer:
             seen.append(answer.read().decode())
     processes = [*secured.pids().values(), secured.server.pid]
-    assert len(processes) == 4
+    assert len(processes) == 5
     seen += [(Path("/proc") / str(pid) / "cmdline").read_bytes().decode() for pid in processes]
 
     secret = str(secured.topology()["secret"])

@@ -128,14 +128,16 @@ def up(  # noqa: PLR0917  # typer makes options of them
             envvar="TOPK_METRICS_PORT",
             min=0,
             max=65_000,
-            help="Serve the gateway's metrics here, and the shards' on the ports after it, in their order; 0: nowhere.",
+            help="Serve the gateway's metrics here, the controller's on the next port, and the shards' on those after "
+            "it, in their order; 0: nowhere.",
         ),
     ] = 0,
     environment: Any = None,
 ) -> None:
-    """Run a whole cluster on this machine: shard processes and a gateway, restarted if they die.
+    """Run a whole cluster on this machine: processes of shards, a gateway and a controller, restarted if they die.
 
-    Prints `ready: HOST:PORT` when every shard answers. Ctrl-C stops it; the plays are kept.
+    Prints `ready: HOST:PORT` when every shard answers. Ctrl-C stops it; the plays are kept. `topk cluster add` makes it
+    grow while it runs, and so does a larger --shards at the next start.
     """
     from topk_grpc.cli.up import run
 

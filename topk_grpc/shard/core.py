@@ -37,7 +37,6 @@ from topk_grpc.engine.cells import Cells, Merge, choose_merges, ordered_cells
 from topk_grpc.engine.copies import Room, copied_bytes
 from topk_grpc.engine.deletion import Deleted, delete, owns, plays_of
 from topk_grpc.engine.moves import settle
-from topk_grpc.engine.slot_index import SlotIndex, index_slots
 from topk_grpc.engine.soundness import check_standing
 from topk_grpc.engine.state import ShardState, check_settings
 from topk_grpc.engine.tiers import RollUp, Tier, parse_tiers
@@ -126,21 +125,6 @@ class NewBlock:
     number: int
     merge: Merge
     cells: Cells | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Unindexed:
-    """Cells of a board, and what their index is made of; nothing of it changes any more."""
-
-    board: str
-    cells: Cells
-    songs: NDArray[np.int32]
-    song_slots: NDArray[np.int32]
-    slots: int
-
-    def index(self) -> SlotIndex:
-        """Takes some 40 ns a cell."""
-        return index_slots(self.cells.entries, self.songs, self.song_slots, self.slots)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -420,28 +404,6 @@ class ShardCore:
         self._append_record(OUTCOME, pb.OutcomeRecord(migration_id=migration_id, committed=committed))
         settle(self.state, migration_id, committed=committed)
         return not (held.incoming and committed) or slot_totals(self.state, held.slots) == expected
-
-    def unindexed(self) -> list[Unindexed]:
-        """The cells that are not indexed by slot yet, so that they can be, by any thread."""
-        state = self.state
-        if not partitioner_of(state.settings.partitioner).whole_songs:
-            return []
-        song_slots = state.slots_of_songs()
-        return [
-            Unindexed(name, cells, state.songs_of(name), song_slots, state.settings.slots)
-            for name, board in state.boards.items()
-            for cells in board.cells.unindexed()
-        ]
-
-    def use_indexes(self, made: Sequence[tuple[Unindexed, SlotIndex]]) -> None:
-        """Finds the cells of slots by these indexes from here on."""
-        for name, board in self.state.boards.items():
-            board.cells.use_indexes([(one.cells, index) for one, index in made if one.board == name])
-
-    def forget_indexes(self) -> None:
-        """Lets go of all indexes by slot."""
-        for board in self.state.boards.values():
-            board.cells.forget_indexes()
 
     # --- Settings and standing windows --------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from typing import Any, Final
 import grpc
 
 from topk_grpc.config import ShardSettings
+from topk_grpc.engine.indexing import forget_indexes, unindexed, use_indexes
 from topk_grpc.engine.ownership import Held
 from topk_grpc.engine.transfer import image_totals, read_image
 from topk_grpc.errors import (
@@ -148,10 +149,10 @@ class ShardMoves:
         await asyncio.shield(self._preparing)
 
     async def _index(self) -> None:
-        cells = await self._owner.read(lambda core: core.unindexed())
+        cells = await self._owner.read(lambda core: unindexed(core.state))
         if cells:
             made = await asyncio.to_thread(lambda: [(one, one.index()) for one in cells])
-            await self._owner.change(lambda core: core.use_indexes(made))
+            await self._owner.change(lambda core: use_indexes(core.state, made))
             self._indexed = True
 
     async def _tidy(self, topology: Topology) -> None:
@@ -159,7 +160,7 @@ class ShardMoves:
         moving = any(self._shard_id in {one.source, one.target} for one in topology.migrations)
         if self._indexed and not moving and not any(move.source == self._shard_id for move in moves_left(topology)):
             self._indexed = False
-            await self._owner.change(lambda core: core.forget_indexes())
+            await self._owner.change(lambda core: forget_indexes(core.state))
 
     # --- What it does by itself ---------------------------------------------------------------------------------------
 
