@@ -31,7 +31,7 @@ def total(run_json: Any, gateway: str) -> int:
 
 def error_line(up: Any) -> str:
     lines = [line for line in up.errors if line.startswith("error: ")]
-    assert not any("Traceback" in line for line in up.errors), up.errors
+    assert [line for line in up.errors if "Traceback" in line] == []
     assert len(lines) == 1, up.errors
     return str(lines[0])
 

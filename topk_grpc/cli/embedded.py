@@ -15,7 +15,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class EmbeddedCluster:
             ProcessFailedError: a process does not start; the others still have to be stopped.
         """
         children, failure = self._children(), self._failed
-        waiting = asyncio.ensure_future(asyncio.gather(*(child.ready.wait() for child in children)))
+        waiting = asyncio.ensure_future(_all_ready(children))
         try:
             both: set[asyncio.Future[Any]] = {waiting, failure}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -259,6 +259,10 @@ class EmbeddedCluster:
             *(sys.executable, "-m", "topk_grpc", role, "--topology", self._directory.topology_url),
             *("--listen", listen, "--health-port", "0", "--metrics-port", str(metrics_port), "--exit-with-stdin"),
         ]
+
+
+async def _all_ready(children: Iterable[Child]) -> None:
+    await asyncio.gather(*(child.ready.wait() for child in children))
 
 
 def _free_port(host: str, port: int) -> int:
