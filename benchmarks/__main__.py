@@ -13,6 +13,7 @@ from benchmarks import (
     bench_ingest,
     bench_memory,
     bench_query,
+    bench_rebalance,
     bench_recovery,
     bench_storage,
     bench_windows,
@@ -40,11 +41,13 @@ def benchmarks(data_dir: Path | None, divisor: int) -> dict[str, Callable[[], Re
         songs=songs, many_songs=10 * songs, slide_plays=5_000_000 // divisor, data_dir=data_dir, pool_plays=pool
     )
     hot_song = bench_hot_song.Options(plays=4_000_000 // divisor, songs=songs, data_dir=data_dir)
+    rebalance = bench_rebalance.Options(songs=3 * songs // 10, data_dir=data_dir, pool_plays=pool)
     return {
         bench_ingest.TITLE: lambda: bench_ingest.run(ingest),
         bench_query.TITLE: lambda: bench_query.run(query),
         bench_windows.TITLE: lambda: bench_windows.run(windows),
         bench_hot_song.TITLE: lambda: bench_hot_song.run(hot_song),
+        bench_rebalance.TITLE: lambda: bench_rebalance.run(rebalance),
         bench_memory.TITLE: lambda: bench_memory.run(memory),
         bench_storage.TITLE: lambda: bench_storage.run(storage),
         bench_recovery.TITLE: lambda: bench_recovery.run(recovery),

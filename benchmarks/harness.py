@@ -148,9 +148,13 @@ class Process:
         line, _, self._pending = self._pending.partition(b"\n")
         return line.decode()
 
-    def _failure(self, what: str) -> BenchmarkError:
+    def stderr(self) -> str:
+        """What it has written on standard error so far."""
         self._errors.seek(0)
-        errors = self._errors.read().decode(errors="replace").strip()
+        return self._errors.read().decode(errors="replace").strip()
+
+    def _failure(self, what: str) -> BenchmarkError:
+        errors = self.stderr()
         return BenchmarkError(f"{' '.join(self._popen.args)[:200]} {what}: {errors[-2000:]}")  # type: ignore[arg-type]
 
     def __enter__(self) -> Self:

@@ -14,6 +14,7 @@ from benchmarks import (
     bench_ingest,
     bench_memory,
     bench_query,
+    bench_rebalance,
     bench_recovery,
     bench_storage,
     bench_windows,
@@ -106,6 +107,18 @@ def test_windows_measure_ingest_queries_slides_and_size(disk: Path) -> None:
     report = bench_windows.run(options)
     assert sum(figure.target is not None for figure in report.figures) == 10
     assert all(figure.value > 0 for figure in report.figures)
+
+
+def test_rebalance_measures_ingest_while_slots_move(disk: Path) -> None:
+    options = bench_rebalance.Options(
+        rounds=1, seconds=0.1, songs=500, batch_plays=256, pool_plays=2048, data_dir=disk
+    )  # fmt: skip
+    report = bench_rebalance.run(options)
+    figures = {figure.name: figure for figure in report.figures}
+    assert figures["slots move / nothing moves"].value > 0
+    assert figures["slots moved"].value > 0
+    assert figures["moved with them"].value > 0
+    assert not list(disk.glob(".bench-*"))
 
 
 def test_plays_are_33_bytes_of_protobuf() -> None:

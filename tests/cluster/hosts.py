@@ -103,8 +103,8 @@ class Network:
     def move(self, name: str, address: str) -> None:
         """Gives a host another address, and all of them its name for it."""
         namespace = self._namespace(name)
+        run_ip("-n", namespace, "address", "flush", "dev", "eth0")
         run_ip("-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
-        run_ip("-n", namespace, "address", "del", f"{self.addresses[name]}/24", "dev", "eth0")
         self.addresses[name] = address
         self._write_names()
 

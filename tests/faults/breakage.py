@@ -16,6 +16,10 @@ from tests.faults.files import FileFault, struck, write_control
 from tests.faults.proxy import TO_CLIENT, TO_SERVER, Trouble
 from tests.faults.schedule import Fault
 from tests.faults.weather import Weather
+from topk_grpc.migration.members import draining, with_new_shards
+from topk_grpc.migration.plan import moves_left
+from topk_grpc.model import Topology
+from topk_grpc.topology.change import change
 
 READY_SECONDS: Final = 60.0
 """Within which a process that was started again has to be ready, on a busy machine."""
@@ -83,7 +87,7 @@ class Breakage:
         await self._back(process, starts)
         return True
 
-    _kill_gateway = _kill_shard
+    _kill_gateway = _kill_controller = _kill_shard
 
     async def _pause_shard(self, fault: Fault, process: Process) -> bool:
         if not process.signal(signal.SIGSTOP):
@@ -109,6 +113,17 @@ class Breakage:
         return True
 
     _stop_gateway = _stop_shard
+
+    async def _move_slots(self, fault: Fault, process: Process) -> bool:
+        """Has a shard drain, or one that does be kept after all: its slots move while other things break."""
+
+        def decide(topology: Topology) -> Topology:
+            drains = [shard.shard_id for shard in topology.shards if shard.draining]
+            return with_new_shards(topology, drains) if drains else draining(topology, [process.name])
+
+        changed = await change(self._cluster.store, decide, "a fault of the storm")
+        self.note(f"{len(moves_left(changed))} pairs of shards have slots to move")
+        return True
 
     # --- Network ------------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from tests.faults.files import CONTROL
 from tests.faults.proxy import Proxy
 from topk_grpc.model import ClusterSettings, ShardInfo, Topology
 from topk_grpc.ring.plan import plan_owners
-from topk_grpc.topology import open_store
+from topk_grpc.topology import TopologyStore, open_store
 
 SHARDS: Final = ("shard-0", "shard-1", "shard-2")
 GATEWAYS: Final = ("gateway-0", "gateway-1")
@@ -271,15 +271,16 @@ class Cluster:
     direct: dict[str, str] = field(default_factory=dict)
     """Of the gateways themselves."""
     owners: tuple[int, ...] = ()
+    """When it begins."""
+    store: TopologyStore = field(init=False)
 
     async def start(self) -> None:
         url = self.url = self.url or f"file:{self.root / 'topology.json'}"
         settings = ClusterSettings()
         self.owners = plan_owners(settings.partitioner, SHARDS, settings.slots)
-        store = open_store(url)
+        self.store = open_store(url)
         shards = tuple(map(ShardInfo, SHARDS))
-        await store.compare_and_set(Topology("storm", 1, settings, shards, self.owners, "a secret of the storm"))
-        await store.close()
+        await self.store.compare_and_set(Topology("storm", 1, settings, shards, self.owners, "a secret of the storm"))
         for name in SHARDS:
             await self._add_shard(name, url)
         for name in GATEWAYS:
@@ -333,5 +334,6 @@ class Cluster:
         await asyncio.gather(*(process.close() for process in self.processes.values()))
         for proxy in self.proxies.values():
             await proxy.close()
+        await self.store.close()
         for disk in self.disks.values():
             disk.close()

@@ -174,8 +174,12 @@ class Asker:
         for shard in said.missing_shards:
             if shard not in self._everybody:
                 yield f"there is no shard {shard}"
-            elif not self._weather.excuses([shard, *self._gateways], began):
+            elif not self._weather.excuses(self._who_excuses(shard), began):
                 yield f"{shard} is missing, though nothing is wrong with it"
+
+    def _who_excuses(self, missing: str) -> Sequence[str]:
+        """Whose weather makes up for a shard that is missing; where slots move, its slots may hang on another one."""
+        return [missing, *self._gateways] if self._owners else self._everybody
 
     def _refused(self, error: TopKError, began: float) -> None:
         self._asked.refusals[type(error).__name__] += 1

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from tests.faults.cluster import CONTROLLER
+
 KINDS: Final = (
     "kill_shard",
     "kill_gateway",
@@ -33,6 +35,8 @@ KINDS: Final = (
     "read_error",
     "slow_sync",
     "power_loss",
+    "move_slots",
+    "kill_controller",
 )
 """A `pause` is SIGSTOP, then SIGCONT; a `stop` is SIGTERM; `forget_connections` is a router that lost its table."""
 
@@ -74,6 +78,8 @@ def lane(seed: str, kinds: Sequence[str], shards: Sequence[str], gateways: Seque
         for kind in deck:
             if kind in _GATEWAY_KINDS:
                 target = chance.choice(gateways)
+            elif kind == "kill_controller":
+                target = CONTROLLER
             elif kind in _NETWORK_KINDS:
                 target = chance.choice([*shards, *gateways])
             else:

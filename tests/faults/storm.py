@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.faults.breakage import Breakage
-from tests.faults.cluster import GATEWAYS, SHARDS, Cluster, Ending
+from tests.faults.cluster import CONTROLLER, GATEWAYS, SHARDS, Cluster, Ending
 from tests.faults.comparison import Comparison
 from tests.faults.crowd import Crowd, Scene
 from tests.faults.ledger import Ledger
@@ -93,6 +93,7 @@ class Report:
     gateway_memory_bytes_max: int = 0
     process_starts: dict[str, int] = field(default_factory=dict)
     snapshots: int = 0
+    migrations: int = 0
     findings: list[str] = field(default_factory=list)
 
     @property
@@ -104,7 +105,8 @@ class Report:
         other = f", other findings {self.other_findings:,}" if self.other_findings else ""
         return (
             f"storm: {self.seconds:.0f} s, {self.cycles:,} cycles, faults: {faults or 'none'}; plays acknowledged"
-            f" {self.plays_acknowledged:,}; answers checked {sum(self.answers.values()) + self.windows_compared:,};"
+            f" {self.plays_acknowledged:,}; migrations {self.migrations:,}; answers checked"
+            f" {sum(self.answers.values()) + self.windows_compared:,};"
             f" lost {self.lost:,}, double {self.double:,}, wrong answers {self.wrong_answers:,}{other}"
         )
 
@@ -196,12 +198,13 @@ class Storm:
             report.partial_answers, report.statuses = asked.partial, dict(self._crowd.statuses)
         report.process_starts = {name: process.starts for name, process in self._cluster.processes.items()}
         report.snapshots = sum(each.events.get("snapshot_taken", 0) for each in self._cluster.processes.values())
+        report.migrations = self._cluster.processes[CONTROLLER].events.get("slots_moved", 0)
         if breakage is not None:
             report.faults, report.not_struck = dict(breakage.done), dict(breakage.not_struck)
             report.cycles, report.skipped = sum(breakage.done.values()), dict(breakage.refused)
 
     async def _blow(self, breakage: Breakage) -> None:
-        owners = Owners(self._cluster.owners, SHARDS)
+        owners = Owners(self._cluster.owners, SHARDS) if self.plan.kills else None  # else slots move
         scene = Scene(self._cluster.addresses, SHARDS, owners, self._weather, self._ledger)
         crowd = self._crowd = Crowd(scene, self.plan.seed, self.plan.plays_per_second, self._find, self._wrong)
         crowd.send()

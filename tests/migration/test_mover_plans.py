@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from topk_grpc.migration import mover as mover_module
 from topk_grpc.migration.calls import Fetched
 from topk_grpc.migration.members import with_shard
 from topk_grpc.migration.mover import Mover, Pace
@@ -85,3 +86,25 @@ async def test_slots_of_shards_that_have_yet_to_start_stay_theirs(tmp_path: Path
 async def test_nothing_moves_when_every_shard_drains(tmp_path: Path) -> None:
     before = cluster(started("a", draining=True), started("b", draining=True))
     assert await moved(tmp_path, before) == (before, 0)
+
+
+@pytest.mark.parametrize(("image_bytes", "slots"), [(1000, 1 + 2 + 4 + 8 + 16), (1 << 20, 5)])
+async def test_only_large_images_make_slots_travel_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_bytes: int, slots: int
+) -> None:
+    """Each move here takes longer than it should: with a small image that is the machine's doing, and not the slots'."""
+
+    class SlowShards(WillingShards):
+        async def fetch(self, target: ShardInfo, migration_id: int, seconds: float) -> Fetched:
+            return Fetched(image_bytes, 0)
+
+    monkeypatch.setattr(mover_module, "_STALL_SECONDS", (0.0, 0.0))
+    store = FileTopologyStore(tmp_path / "topology")
+    before = cluster(started("a"), started("b"))
+    for topology in (before, with_shard(before, started("b", draining=True))):
+        await store.compare_and_set(topology)
+    mover = Mover(store, SlowShards(), Pace(share=1.0))
+    assert await mover.step()  # the plan
+    for _ in range(5):
+        assert await mover.step()
+    assert mover.moved == slots
