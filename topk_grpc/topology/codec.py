@@ -49,6 +49,8 @@ def check(topology: Topology) -> None:
         len(topology.wanted) != slots or not all(0 <= owner < count for owner in topology.wanted)
     ):
         problem = "the plan is not one of the shards for each slot"
+    elif topology.moved_slots < 0 or topology.longest_stall_ms < 0:
+        problem = "moved_slots or longest_stall_ms is below 0"
     else:
         problem = _migrations_problem(topology)
     if problem is not None:
