@@ -41,7 +41,7 @@ class Options:
     """What is measured: `--help` explains each."""
 
     rounds: int = 3
-    seconds: float = 1.5
+    seconds: float = 3.0
     songs: int = 300_000
     batch_plays: int = 8192
     pool_plays: int = POOL_PLAYS

@@ -249,7 +249,7 @@ class ControllerSettings(ServerSettings):
 
     message_bytes_max: int = setting(1 << 16, "bytes", "The largest gRPC message taken; a controller answers nothing but health.", 1 << 10, 1 << 30)
     auto_rebalance: bool = setting(True, "", "Plan anew when a shard has joined, or drains. Off: only plans that `topk cluster drain`, `add` and `rebalance` make are carried out.")
-    move_share: float = setting(0.5, "", "The part of the time that moving slots may take. More moves sooner; less leaves more of the shards to plays and queries.", 0.01, 1)
+    move_share: float = setting(0.3, "", "The part of the time that moving slots may take. More moves sooner; less leaves more of the shards to plays and queries.", 0.01, 1)
     move_slots_max: int = setting(64, "slots", "The most slots that move together. They wait together, too: fewer are taken where that gets long.", 1, 4096)
     move_seconds_max: float = setting(5.0, "s", "A move that has not come so far after this time that its target has everything is aborted: plays of its slots wait meanwhile. Too low for the largest slot, and that one never moves.", 0.1, 600)
     create_shards: int = setting(0, "shards", "Where there is no topology, make one with so many shards, and wait for them to start. 0: wait until somebody else makes one.", 0, 256)

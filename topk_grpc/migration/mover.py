@@ -60,7 +60,7 @@ class Pace:
         move_seconds: a migration that is not decided after so long is aborted.
     """
 
-    share: float = 0.5
+    share: float = 0.3
     slots_max: int = 64
     move_seconds: float = 5.0
 
