@@ -120,8 +120,6 @@ class Recorder:
             return await self._begin(columns, batch, loop.time() + self._settings.record_seconds)
 
     async def _begin(self, columns: PlayColumns, batch: _Batch, deadline: float) -> Coroutine[Any, Any, bytes]:
-        for index in np.flatnonzero(columns.reasons).tolist():
-            batch.rejects[index] = REASONS[columns.reasons[index]]
         routing = self._watch.current
         parts, stands_for = await self._send(batch, columns, routing, routing.owners, deadline)
         return self._finish(batch, parts, stands_for, deadline)
@@ -155,21 +153,24 @@ class Recorder:
             raise InvalidArgumentError(
                 f"first_sent_ms is {columns.first_sent_ms}: give milliseconds since the Unix epoch, or leave it out"
             )
-        if not partitioner_of(self._watch.current.topology.settings.partitioner).whole_songs:
-            columns.reasons[(columns.counts < 0) & (columns.reasons == 0)] = CORRECTION_UNSUPPORTED
         header = batch_header(producer_id, columns.sequence, columns.first_sent_ms)
         return columns, _Batch(raw, header, columns.count, columns.sequence, producer_id)
 
     async def _send(
         self, batch: _Batch, columns: PlayColumns, routing: Routing, owners: NDArray[np.int32], deadline: float
     ) -> tuple[list[Part], NDArray[np.int32]]:
-        """Splits the plays of the owned slots and queues the parts."""
+        """Splits the plays of the owned slots and queues the parts; notes those that are wrong."""
         if not columns.count:
             return [], np.empty(0, np.int32)
         topology = routing.topology
-        hashes = hash_strings(batch.raw, columns.song_starts, columns.song_sizes)
         cluster = topology.settings
-        keys = partitioner_of(cluster.partitioner).slot_keys(hashes, batch.producer_id, batch.sequence, cluster.slots)
+        partitioner = partitioner_of(cluster.partitioner)
+        if not partitioner.whole_songs:
+            columns.reasons[(columns.counts < 0) & (columns.reasons == 0)] = CORRECTION_UNSUPPORTED
+        for index in np.flatnonzero(columns.reasons).tolist():
+            batch.rejects[index] = REASONS[columns.reasons[index]]
+        hashes = hash_strings(batch.raw, columns.song_starts, columns.song_sizes)
+        keys = partitioner.slot_keys(hashes, batch.producer_id, batch.sequence, cluster.slots)
         split = split_batch(batch.raw, columns, hashes, keys, owners, len(topology.shards), cluster.resolution_ms)
         loop = asyncio.get_running_loop()
         parts = []
