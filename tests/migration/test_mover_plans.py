@@ -92,7 +92,7 @@ async def test_nothing_moves_when_every_shard_drains(tmp_path: Path) -> None:
 async def test_only_large_images_make_slots_travel_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_bytes: int, slots: int
 ) -> None:
-    """Each move here takes longer than it should: with a small image that is the machine's doing, and not the slots'."""
+    """Each move here takes longer than it should: with a small image that is the machine's doing, not the slots'."""
 
     class SlowShards(WillingShards):
         async def fetch(self, target: ShardInfo, migration_id: int, seconds: float) -> Fetched:
