@@ -114,7 +114,8 @@ class Recount:
         marks = [arrays[f"marks.{name}"].astype(np.uint64).tolist() for name in ("keys", "highest", "bitmaps")]
         for key, highest, bitmap in zip(*marks, strict=True):
             self._marks[key >> 32, (key & 0xFFFFFFFF) - 1] = highest, bitmap
-        for migration_id, _, slots, _ in meta["ownership"]["held"]:
+        held_then = meta["ownership"]["held"] if "ownership" in meta else ()  # snapshots knew no moves before
+        for migration_id, _, slots, _ in held_then:
             self.hold(migration_id, slots, arrays[f"images.{migration_id}"].tobytes())
 
     def use(self, settings: ClusterSettings) -> None:
