@@ -15,7 +15,7 @@ from tests.engine.moving_cluster import SLOTS
 from tests.engine.test_single_moves import ALL, query_bounds, ranked, send, shard
 from tests.oracle import slot_of
 from tests.window_traffic import MINUTE, SECOND
-from topk_grpc.engine import transfer
+from topk_grpc.engine import slots_image, transfer
 from topk_grpc.engine.query import Scope
 from topk_grpc.engine.state import ShardState
 from topk_grpc.errors import (
@@ -237,3 +237,10 @@ def test_what_is_written_is_what_protobuf_reads_and_nothing_else() -> None:
     assert len(message.global_board.sessions) == len(message.chart_board.sessions) == 1
     message.DiscardUnknownFields()
     assert len(message.SerializeToString()) == len(image)
+
+
+def test_columns_are_of_a_native_type() -> None:
+    """The kernels' uncompiled form reads no others."""
+    for dtype in ("i4", "u4", "i8", "u8"):
+        column = slots_image._column(bytes(16), dtype, "it")
+        assert memoryview(column).tolist() == [0] * (16 // np.dtype(dtype).itemsize)

@@ -130,7 +130,9 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=self._environment,
-            start_new_session=True,
+            # Ctrl-C is for the parent. A session of its own would shield it as well, but the scheduler shares processors
+            # out among sessions first (sched(7), autogroup): a query would wait while the writer beside it is served.
+            process_group=0,
         )
         self._process = process
         if self._stopping:  # asked while it was being started

@@ -9,6 +9,7 @@ plays than it has. What is merely wrong, another count or another name, is found
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -302,7 +303,9 @@ def _column(data: bytes, dtype: str, what: str, rows: int | None = None) -> NDAr
     kind = np.dtype(dtype)
     require(len(data) % kind.itemsize == 0, f"image: {what} is cut off")
     require(rows is None or len(data) == rows * kind.itemsize, f"image: {what} has not as many rows as the others")
-    return np.frombuffer(data, kind.newbyteorder("<")).astype(kind, copy=False)
+    told = np.frombuffer(data, kind.newbyteorder("<"))
+    # A dtype that names its byte order keeps it in `astype`, and the kernels' uncompiled form reads native ones only.
+    return told.view(kind) if sys.byteorder == "little" else told.astype(kind)
 
 
 def _read_songs(

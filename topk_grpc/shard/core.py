@@ -1,6 +1,7 @@
 """A shard without its network: state, log and snapshots, owned by one thread.
 
-Theory of operation. `commit` takes a group of requests through the four steps that make an acknowledgement true:
+Theory of operation. `commit` reads a group of requests (`parse`), and takes it through the four steps that make an
+acknowledgement true:
 
 1. room for the group is reserved in the log: a full disk is met here, before anything has changed;
 2. each request is admitted: decided against the state and the group so far, its marks set;
@@ -31,7 +32,7 @@ from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from topk_grpc.config import ShardSettings
-from topk_grpc.engine.admission import Admission, Limits, admit, read_request
+from topk_grpc.engine.admission import Admission, Limits, Request, admit, read_request
 from topk_grpc.engine.apply import apply, replay
 from topk_grpc.engine.cells import Cells, Merge, choose_merges, ordered_cells
 from topk_grpc.engine.copies import Room, copied_bytes
@@ -493,7 +494,7 @@ class ShardCore:
         )
 
     def commit(self, requests: Sequence[bytes], now_ms: int) -> list[bytes | Exception]:
-        """Makes a group of AppendRequests durable and applies it: `admit`, `write`, `count`.
+        """Makes a group of AppendRequests durable and applies it: `parse`, `admit`, `write`, `count`.
 
         Returns:
             For each request its AppendResponse, or why it was refused; nothing of a refused one has happened.
@@ -501,33 +502,48 @@ class ShardCore:
         Raises:
             WriteFailedError: what is on disk is unknown: the process must end without answering.
         """
-        group = self.admit(requests, now_ms)
+        group = self.admit(self.parse(requests), now_ms)
         self.write(group)
         return self.count(group)
 
-    def admit(self, requests: Sequence[bytes], now_ms: int) -> Group:
-        """Decides about a group; what comes before a correction is made durable and applied at once.
+    def parse(self, requests: Sequence[bytes]) -> list[Request | Exception]:
+        """Reads requests, or says what is wrong with them. Nothing that queries look at is touched."""
 
-        Raises:
-            WriteFailedError: as for `commit`.
-        """
-        log = self._open_log
-        try:
-            # A verdict is never larger than what it is about: each reject and each skipped slot stands for a play. What
-            # is added covers the rest of the record, and the header of a group that begins with the request.
-            log.reserve(len(requests), sum(2 * len(request) + 128 for request in requests))
-        except DiskFullError as error:
-            return Group([error] * len(requests), [])
-        limits = self.limits(now_ms)
-        outcomes: list[Admission | Exception] = []
-        left: list[Admission] = []
-        for request in requests:
+        def parsed(request: bytes) -> Request | Exception:
             try:
                 read = read_request(request)
                 if read.corrects:
                     partitioner_of(self._cluster.partitioner).require_whole_songs("taking plays back")
             except (InvalidArgumentError, UnsupportedError) as error:
-                outcomes.append(error)
+                return error
+            return read
+
+        return [parsed(request) for request in requests]
+
+    def admit(self, requests: Sequence[Request | Exception], now_ms: int) -> Group:
+        """Decides about a group; what comes before a correction is made durable and applied at once.
+
+        Args:
+            requests: from `parse`.
+            now_ms: epoch milliseconds.
+
+        Raises:
+            WriteFailedError: as for `commit`.
+        """
+        log = self._open_log
+        sizes = [len(request.raw) for request in requests if isinstance(request, Request)]
+        try:
+            # A verdict is never larger than what it is about: each reject and each skipped slot stands for a play. What
+            # is added covers the rest of the record, and the header of a group that begins with the request.
+            log.reserve(len(sizes), sum(2 * size + 128 for size in sizes))
+        except DiskFullError as error:
+            return Group([error] * len(requests), [])
+        limits = self.limits(now_ms)
+        outcomes: list[Admission | Exception] = []
+        left: list[Admission] = []
+        for read in requests:
+            if isinstance(read, Exception):
+                outcomes.append(read)
                 continue
             if read.corrects and left:
                 self._append(left)

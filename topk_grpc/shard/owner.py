@@ -5,7 +5,7 @@ another. A turn takes what has gathered meanwhile: first a group of requests (as
 one fdatasync), then the queries that wait. Groups and scans run on the writer's thread, and while it is at them the
 event loop reads the next messages, so the group grows with the load. Short queries, which cost less than the way to
 another thread, run in the loop itself, whenever the writer is not at the state: a lock says so, which is free while a
-group is on its way to disk. The writer answers those that come while it counts, part by part.
+group is read and while it is on its way to disk. The writer answers those that come while it counts, part by part.
 
 Bounds: `queue_requests_max` requests wait (then `append` does, and with it the gateways' streams), `scan_queue_max`
 scanning queries wait (then one more is refused), and identical ones that wait together are answered by one scan.
@@ -187,8 +187,9 @@ class ShardOwner:
 
     def _commit(self, requests: list[bytes]) -> list[bytes | Exception]:
         """Takes a group through, on the writer's thread. Queries need not wait for all of it."""
+        parsed = self._core.parse(requests)
         with self._state:
-            group = self._core.admit(requests, now_ms())
+            group = self._core.admit(parsed, now_ms())
             self._run_short_here()
         self._core.write(group)
         with self._state:

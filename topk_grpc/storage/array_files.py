@@ -9,10 +9,10 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from topk_grpc.storage.files import Bytes, Files, WritableFile, is_unreadable
 
 Array = npt.NDArray[Any]
 _BUFFER_BYTES: Final = 64 << 10
+_PIECE_BYTES: Final = 1 << 20
 
 
 class DamagedFileError(Exception):
@@ -97,15 +98,33 @@ def write_bytes(files: Files, path: Path, data: Bytes, *, private: bool = False)
 
 def write_column(files: Files, path: Path, array: Array) -> Seal:
     """Writes one array as `.npy`; durable but for its name."""
-    return _write(files, path, lambda sink: np.lib.format.write_array(sink, array, allow_pickle=False))
+    return _write(files, path, lambda sink: _write_npy(sink, array))
 
 
 def write_arrays(files: Files, path: Path, arrays: Mapping[str, Array]) -> Seal:
     """Writes arrays as an uncompressed `.npz`; durable but for its name."""
-    return _write(files, path, lambda sink: np.savez(sink, **arrays))  # type: ignore[arg-type]
+
+    def fill(sink: IO[bytes]) -> None:
+        with zipfile.ZipFile(sink, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    _write_npy(member, array)
+
+    return _write(files, path, fill)
 
 
-def _write(files: Files, path: Path, fill: Any, *, private: bool = False) -> Seal:
+def _write_npy(sink: IO[bytes], array: Array) -> None:
+    """Writes an array as numpy does, which would copy it in large pieces while it holds the interpreter's lock.
+
+    Who writes a snapshot has the processor last: plays and queries would wait for the lock until its turn comes again.
+    """
+    np.lib.format.write_array_header_1_0(sink, np.lib.format.header_data_from_array_1_0(array))
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    for start in range(0, len(data), _PIECE_BYTES):
+        sink.write(data[start : start + _PIECE_BYTES])
+
+
+def _write(files: Files, path: Path, fill: Callable[[Any], object], *, private: bool = False) -> Seal:
     file = files.create(path, private=private)
     try:
         sink = _Sink(file)

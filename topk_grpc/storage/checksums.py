@@ -13,7 +13,7 @@ from typing import Any, Final
 import google_crc32c
 import numpy as np
 
-_SLICE_BYTES: Final = 1 << 20
+_SLICE_BYTES: Final = 1 << 16
 _SELF_CHECKED: Final = re.compile(rb'\{"crc32c": "([0-9a-f]{8})", ')
 
 
