@@ -59,6 +59,31 @@ def test_merge_sorts_and_adds_up_whatever_the_spans_are(parts: list[list[Cell]])
     assert listed(again) == summed([*whole, *parts[0]])
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    parts=st.lists(CELLS, min_size=1, max_size=6),
+    blocks=st.lists(st.booleans(), min_size=6, max_size=6),
+    step=st.integers(1, 12),
+)
+def test_merge_span_by_span_is_merge_all_at_once(parts: list[list[Cell]], blocks: list[bool], step: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "_STEP_CELLS", step)
+        given_parts = [
+            merge([unordered(part)]) if block else unordered(part) for part, block in zip(parts, blocks, strict=False)
+        ]
+        assert listed(merge(given_parts)) == summed([cell for part in parts for cell in part])
+
+
+def test_what_arrived_in_order_is_merged_in_many_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "_STEP_CELLS", 10)
+    parts = [[(3 * number + bucket, entry, 1) for bucket in range(4) for entry in range(3)] for number in range(20)]
+    in_order = [unordered(part) for part in parts]
+    assert len(cells._spans(in_order)) > 15
+    assert listed(merge(in_order)) == summed([cell for part in parts for cell in part])
+    at_random = [unordered([(0, 0, 1), (100, 0, 1), *part]) for part in parts]
+    assert len(cells._spans(at_random)) == 1
+
+
 @settings(max_examples=200, deadline=None)
 @given(some=CELLS, start=BUCKETS, end=BUCKETS)
 def test_within_is_half_open_in_chunks_and_in_blocks(some: list[Cell], start: int, end: int) -> None:

@@ -16,7 +16,8 @@ def check(kernels: Kernels, keys: list[int], values: list[int], bits: int) -> No
     expected: Counter[int] = Counter()
     for key, value in zip(keys, values, strict=True):
         expected[key] += value
-    found, sums = kernels.sorting.sum_by_key(np.array(keys, np.uint64), np.array(values, np.int64), bits)
+    columns = np.array(keys, np.uint64), np.array(values, np.int64)
+    found, sums = kernels.sorting.sum_by_key(*columns, bits, *map(np.empty_like, columns))
     assert (found.dtype, sums.dtype) == (np.uint64, np.int64)
     assert list(zip(found.tolist(), sums.tolist(), strict=True)) == sorted(expected.items())
 

@@ -130,8 +130,8 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=self._environment,
-            # Ctrl-C is for the parent. A session of its own would shield it as well, but the scheduler shares processors
-            # out among sessions first (sched(7), autogroup): a query would wait while the writer beside it is served.
+            # Ctrl-C is for the parent. A session of its own would shield it as well, but the scheduler shares out the
+            # processors among sessions first (sched(7), autogroup): a query would wait with the plays of its shard.
             process_group=0,
         )
         self._process = process

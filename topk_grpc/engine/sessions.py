@@ -203,7 +203,7 @@ def _by_entry(
         entries, buckets, counts = entries[heads], buckets[heads], np.add.reduceat(counts, heads)
     else:
         keys = (entries.astype(np.uint64) << np.uint64(bucket_bits)) | (buckets - first).astype(np.uint64)
-        keys, counts = sum_by_key(keys, counts, bits)
+        keys, counts = sum_by_key(keys, counts, bits, np.empty_like(keys), np.empty_like(counts))
         entries = (keys >> np.uint64(bucket_bits)).astype(np.int32)
         buckets = (keys & np.uint64((1 << bucket_bits) - 1)).astype(np.int64) + first
     kept = counts != 0

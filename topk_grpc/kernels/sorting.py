@@ -125,19 +125,23 @@ def add_equal(keys: cython.ulonglong[::1], values: cython.longlong[::1], rows: c
 
 
 def sum_by_key(
-    keys: NDArray[np.uint64], values: NDArray[np.int64], bits: int
+    keys: NDArray[np.uint64],
+    values: NDArray[np.int64],
+    bits: int,
+    other_keys: NDArray[np.uint64],
+    other_values: NDArray[np.int64],
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """The distinct keys, ascending, and the sums of their values.
+    """The distinct keys, ascending, and the sums of their values: views of the columns given.
 
     Args:
         keys: uint64[n], changed.
         values: int64[n], changed.
         bits: how many low bits of the keys are used; the others are 0.
+        other_keys, other_values: as long, changed: scratch.
     """
     rows = len(keys)
-    other_keys, other_values = np.empty_like(keys), np.empty_like(values)
     for shift in range(0, bits, _DIGIT_BITS):
         sort_by_digit(keys, values, other_keys, other_values, shift, np.zeros(2049, np.int64), rows)
         keys, other_keys, values, other_values = other_keys, keys, other_values, values
     left = add_equal(keys, values, rows)
-    return keys[:left].copy(), values[:left].copy()
+    return keys[:left], values[:left]
