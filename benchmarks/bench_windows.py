@@ -59,7 +59,7 @@ class Options:
     slide_plays: int = 5_000_000
     k: int = 100
     queries: int = 200
-    busy_queries: int = 100
+    busy_queries: int = 300
     batch_plays: int = 8192
     pool_plays: int = POOL_PLAYS
     data_dir: Path | None = None
