@@ -42,7 +42,7 @@ ROUNDS: Final = int(os.environ.get("TOPK_MOVES_ROUNDS", "1"))
 SEED: Final = int(os.environ.get("TOPK_MOVES_SEED") or random.SystemRandom().randrange(1 << 32))
 STALL_MS_MAX: Final = 500
 LOAD_MAX: Final = 6.0
-"""Of a processor, the cluster's own included. On a machine that is busier than that stalls are told, and not judged."""
+"""Of a processor, the cluster's included. Where it is higher, or kernels are not compiled, stalls are not judged."""
 HOME_SECONDS: Final = 30.0
 MOVES_SECONDS: Final = 120.0
 PLAYS_PER_SECOND: Final = 5000.0 if compiled() else 50.0
@@ -220,6 +220,7 @@ def test_shards_come_and_go_under_load_and_every_play_counts_once(
             print(f"\n{line}")
         assert not run.findings, "\n".join(run.findings[:20])
         assert run.slots_moved >= ROUNDS * 2 * 512
-        assert max(run.stalls_ms) < STALL_MS_MAX or load_of_a_processor() > LOAD_MAX
+        judged = compiled() and load_of_a_processor() <= LOAD_MAX
+        assert not judged or max(run.stalls_ms) < STALL_MS_MAX
     finally:
         cluster.close()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -132,7 +133,8 @@ class Child:
             env=self._environment,
             # Ctrl-C is for the parent. A session of its own would shield it as well, but the scheduler shares out the
             # processors among sessions first (sched(7), autogroup): a query would wait with the plays of its shard.
-            process_group=0,
+            # uvloop knows no `process_group`; what it runs here is one system call.
+            preexec_fn=os.setpgrp,
         )
         self._process = process
         if self._stopping:  # asked while it was being started

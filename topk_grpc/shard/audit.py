@@ -201,13 +201,15 @@ class _Found:
 
 
 def _again(attempt: Callable[[], _Found]) -> _Found:
-    """Until nothing is pruned in the middle of it."""
-    for left in reversed(range(_TRIES)):
+    """Until nothing is pruned in the middle of it; what is damaged is so at the same place the next time."""
+    damage = ""
+    for _ in range(_TRIES):
         try:
             return attempt()
         except MovedOnError as error:
-            if not left and isinstance(error.__cause__, CorruptError):
+            if isinstance(error.__cause__, CorruptError) and damage == str(error.__cause__):
                 raise error.__cause__ from None
+            damage = str(error.__cause__)
     raise StorageError(
         f"the shard took snapshots faster than they could be read, {_TRIES} times: try again under less load, or with"
         " a larger --snapshot-log-bytes"
