@@ -20,7 +20,7 @@ import random
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final, Never
 
 import grpc
 
@@ -83,6 +83,7 @@ class ShardLink:
         self._waiting_bytes = 0
         self._under_way: deque[_Request] = deque()
         self._progress_at = 0.0  # the loop's time of the last sign that the stream moves
+        self._answered = False
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -160,50 +161,42 @@ class ShardLink:
 
     async def _run_stream(self) -> bool:
         """Serves one stream until it ends; whether anything was answered on it."""
-        answered = False
+        self._answered = False
         async with self._channels.open(self._shard.address) as channel:
             metadata = self._channels.metadata(self._shard.shard_id)
             call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(_APPEND)(metadata=metadata)
-            sender = asyncio.create_task(self._send(call))
-            moved = asyncio.create_task(self._moved.wait())
-            reading: asyncio.Future[Any] | None = None
+            works = self._receive(call), self._send(call), self._moved.wait(), self._check_progress()
+            tasks = [asyncio.ensure_future(work) for work in works]
             try:
-                while True:
-                    reading = asyncio.ensure_future(call.read())
-                    await self._wait_any(reading, moved, sender)
-                    if not reading.done():
-                        if sender.done():
-                            sender.result()
-                        break
-                    raw = reading.result()
-                    if raw is grpc.aio.EOF:
-                        break
-                    answered = True
-                    self._take_response(pb.AppendResponse.FromString(raw))
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
             except Exception as error:  # whatever it was, the parts are kept and the next stream may do better
                 self._log_end(error)
             finally:
-                tasks = [task for task in (sender, moved, reading) if task is not None]
                 for task in tasks:
                     task.cancel()
                 call.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-        return answered
+        return self._answered
 
-    async def _wait_any(self, *tasks: asyncio.Future[Any]) -> None:
-        """Returns when one of them is done.
+    async def _check_progress(self) -> Never:
+        """Waits until nothing has been answered for too long.
 
         Raises:
-            DeadlineError: nothing was answered for too long.
+            DeadlineError: then.
         """
         seconds = self._settings.record_seconds
-        loop = asyncio.get_running_loop()
         left = seconds
-        while not any(task.done() for task in tasks):
-            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            left = self._progress_at + seconds - loop.time() if self._under_way else seconds
-            if left <= 0:
-                raise DeadlineError(f"nothing was answered for {seconds:g} s (--record-seconds)")
+        while left > 0:
+            await asyncio.sleep(left)
+            left = self._progress_at + seconds - asyncio.get_running_loop().time() if self._under_way else seconds
+        raise DeadlineError(f"nothing was answered for {seconds:g} s (--record-seconds)")
+
+    async def _receive(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        while isinstance(raw := await call.read(), bytes):  # or EOF
+            self._answered = True
+            self._take_response(pb.AppendResponse.FromString(raw))
 
     async def _send(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
         request_id = 0
