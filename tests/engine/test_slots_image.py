@@ -243,4 +243,4 @@ def test_columns_are_of_a_native_type() -> None:
     """The kernels' uncompiled form reads no others."""
     for dtype in ("i4", "u4", "i8", "u8"):
         column = slots_image._column(bytes(16), dtype, "it")
-        assert memoryview(column).tolist() == [0] * (16 // np.dtype(dtype).itemsize)
+        assert column.data.tolist() == [0] * (16 // np.dtype(dtype).itemsize)

@@ -126,6 +126,7 @@ class EtcdServer:
         """It answers nobody, and nobody is told."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)  # its threads stop a little later
 
     def resume(self) -> None:
         assert self._process is not None
