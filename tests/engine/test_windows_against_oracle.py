@@ -37,12 +37,21 @@ from tests.window_traffic import (
     range_around,
     steps_of,
 )
-from topk_grpc.engine import cells, query
+from topk_grpc.engine import boards, cells, query
 from topk_grpc.engine import windows as engine_windows
 from topk_grpc.engine.admission import Limits
 from topk_grpc.engine.query import Scope
 from topk_grpc.errors import OutOfRangeError
-from topk_grpc.model import Bounds, ClusterSettings, GlobalWindow, Play, RangeWindow, SessionWindow, Window
+from topk_grpc.model import (
+    Bounds,
+    ClusterSettings,
+    GlobalWindow,
+    Play,
+    RangeWindow,
+    SessionWindow,
+    SlidingWindow,
+    Window,
+)
 
 SLOTS: Final = 4
 
@@ -63,6 +72,7 @@ class Traffic:
         self.windows = windows
         self.now = NOW
         self.sequence = 0
+        self.looked_aside = 0
 
     def run(self, step: Step) -> None:
         match step:
@@ -88,9 +98,7 @@ class Traffic:
                 self.shard.let_stand(tuple(one for one in chosen if not isinstance(one, GlobalWindow | RangeWindow)))
             case Move():
                 for window in self.shard.state.standing:
-                    bounds = bounds_of(window, self.now, self.shard.settings.resolution_ms)
-                    assert bounds is not None
-                    self.shard.state.move_standing(window, bounds)
+                    self.move(window)
             case Ask(live, before_ms, which, chart):
                 at_ms = (
                     self.now if live else self.model.tally.newest_ms() if before_ms is None else self.now - before_ms
@@ -114,7 +122,15 @@ class Traffic:
     def move(self, window: Window) -> None:
         bounds = engine_windows.bounds_of(window, self.now, SECOND)
         assert bounds is not None
-        self.shard.state.move_standing(window, bounds)
+        self.shard.state.move_standing(window, bounds, lambda: self.look_aside(window, bounds))
+
+    def look_aside(self, window: Window, bounds: Bounds) -> None:
+        """While a window moves, others are answered by what stands, and it itself by what lies in the cells."""
+        self.looked_aside += 1
+        tally = self.model.tally
+        for chart in ("", "US"):
+            self.compare(Scope(chart), tally.ranked(chart), {})
+        self.compare(Scope("", bounds, 0, window), tally.ranked("", bounds), {})
 
     def ask(self, window: Window, at_ms: int, chart: str, *, live: bool) -> None:
         """An answer equals the tally's; a refusal is right, and so are the bounds that it names."""
@@ -150,12 +166,14 @@ class Traffic:
     windows=st.lists(WINDOWS, min_size=1, max_size=8, unique=True),
     heap_size=st.sampled_from([1, 3, 50]),
     chunk_cells=st.sampled_from([3, 1 << 10]),
+    step_cells=st.sampled_from([1, 2, 1 << 10]),
 )
 def test_windows_say_what_the_tally_says(
-    steps: list[Step], tiers: str, windows: list[Window], heap_size: int, chunk_cells: int
+    steps: list[Step], tiers: str, windows: list[Window], heap_size: int, chunk_cells: int, step_cells: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "CHUNK_CELLS", chunk_cells)
+        patch.setattr(boards, "_STEP_CELLS", step_cells)
         traffic = Traffic(tiers, windows, heap_size)
         for step in steps:
             traffic.run(step)
@@ -164,6 +182,27 @@ def test_windows_say_what_the_tally_says(
                 traffic.run(Ask(True, None, tuple(range(len(windows))), chart))
             traffic.run(step)
         traffic.run(Ask(True, None, tuple(range(len(windows))), ""))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_queries_between_the_steps_of_a_window_that_moves(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(seed)
+    monkeypatch.setattr(boards, "_STEP_CELLS", 2)
+    windows: list[Window] = [SlidingWindow(10 * MINUTE, MINUTE), SlidingWindow(5 * MINUTE, SECOND)]
+    traffic = Traffic(TIERS[0], windows, 3)
+    traffic.run(Stand((0, 1)))
+    for _ in range(6):
+        plays = [
+            Play(chance.choice(SONGS), traffic.now - chance.randrange(3 * MINUTE), 1, chance.choice(((), ("US",))))
+            for _ in range(30)
+        ]
+        traffic.send(*plays)
+        traffic.run(Snapshot(chance.random() < 0.5))
+        traffic.now += chance.choice((MINUTE, 4 * MINUTE))
+        before = traffic.looked_aside
+        traffic.run(Move())
+        assert traffic.looked_aside > before
+        traffic.run(Ask(True, None, (0, 1), ""))
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -25,6 +25,8 @@ from topk_grpc.kernels.strings import StringTable
 
 _IDENTITY: Final = np.empty(0, np.int32)
 _ONE_CHART: Final = np.zeros(1 << 16, np.int32)
+_NOWHERE: Final = -1 << 62
+_STEP_CELLS: Final = 1 << 16  # counted in a millisecond or two
 
 
 class Span:
@@ -173,10 +175,15 @@ class Board:
         span = self.spans.pop(key, None) or self.sessions.pop(key)
         self._close_ranking(span.ranking)
 
-    def move_span(self, span: Span, start: int, end: int) -> None:
+    def move_span(self, span: Span, start: int, end: int, between: Callable[[], None] | None = None) -> None:
         """Makes a span that of the buckets [start, end), by what leaves and what enters it.
 
         Where it would move by more than its own length all is counted anew.
+
+        Args:
+            span: of this board.
+            start, end: buckets.
+            between: called after each step: all but this span, which stands nowhere then, can be read.
         """
         ranking = span.ranking
         if end <= span.start or span.end <= start:
@@ -189,11 +196,16 @@ class Board:
             (start, min(span.start, end), 1),
             (max(span.end, start), end, 1),
         )
-        span.start, span.end = start, end
+        span.start = span.end = _NOWHERE
         for first, stop, sign in changes:
             for cells in self.cells.within(first, stop):
-                charts = self.charts_of(cells.entries)
-                ranking.count(self._rows, self.names, charts, cells.entries, cells.counts, sign)
+                for done in range(0, len(cells), _STEP_CELLS):
+                    step = slice(done, done + _STEP_CELLS)
+                    entries, counts = cells.entries[step], cells.counts[step]
+                    ranking.count(self._rows, self.names, self.charts_of(entries), entries, counts, sign)
+                    if between is not None:
+                        between()
+        span.start, span.end = start, end
 
     # --- Sessions -----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ What stands is decided by settings and by queries, and logged, since a standing 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from topk_grpc.engine.boards import Board, Span
 from topk_grpc.engine.session_spans import SessionSpan
@@ -66,15 +66,18 @@ class StandingWindows:
         """Windows that nobody has asked for since."""
         return [window for window, used_ms in self._used_ms.items() if used_ms < before_ms]
 
-    def move(self, window: Window, bounds: Bounds) -> None:
-        """Brings a window to bounds, multiples of the resolution, that can be cut exactly. Sessions only move on."""
+    def move(self, window: Window, bounds: Bounds, between: Callable[[], None] | None = None) -> None:
+        """Brings a window to bounds, multiples of the resolution, that can be cut exactly. Sessions only move on.
+
+        `between` is called on the way, when all but this window can be read.
+        """
         start, end = bounds.start_ms // self._resolution_ms, bounds.end_ms // self._resolution_ms
         for board in self._boards.values():
             if (sessions := board.sessions.get(window)) is not None:
                 board.move_sessions(sessions, end)
             span = board.spans.get(window)
             if span is not None and (span.start, span.end) != (start, end):
-                board.move_span(span, start, end)
+                board.move_span(span, start, end, between)
 
     def fold(self, window: Window) -> None:
         """Lets a window stand nowhere: where it lies cannot be cut any more. Moving it counts it anew."""

@@ -7,7 +7,7 @@ shard that was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -117,11 +117,14 @@ class ShardState:
             return False
         return True
 
-    def move_standing(self, window: Window, bounds: Bounds) -> None:
-        """Brings a standing window to bounds; folds it where they cannot be cut."""
+    def move_standing(self, window: Window, bounds: Bounds, between: Callable[[], None] | None = None) -> None:
+        """Brings a standing window to bounds; folds it where they cannot be cut.
+
+        `between` is called on the way, when all but this window can be read.
+        """
         self.look_back()
         if isinstance(window, SessionWindow) or self.can_cut(bounds):
-            self.standing.move(window, bounds)
+            self.standing.move(window, bounds, between)
         else:
             self.standing.fold(window)
 

@@ -439,13 +439,14 @@ class ShardCore:
         self._append_record(SETTINGS, record)
         self.state.configure(tiers, windows)
 
-    def follow(self, window: Window, bounds: Bounds, now_ms: int) -> None:
+    def follow(self, window: Window, bounds: Bounds, now_ms: int, between: Callable[[], None] | None = None) -> None:
         """Lets a window stand where a query asks for it, if that is worth it and there is room.
 
         Args:
             window: as the query names it, taken at the gateway's clock.
             bounds: of the window there.
             now_ms: this shard's clock. Where the gateway's is far from it the window stays where it is.
+            between: called while it moves, when all but this window can be read.
         """
         state, resolution = self.state, self._cluster.resolution_ms
         if window not in state.standing and not self._may_stand(window, bounds):
@@ -454,7 +455,7 @@ class ShardCore:
         low = bounds_of(window, now_ms - _CLOCKS_APART_MS, resolution)
         high = bounds_of(window, now_ms + _CLOCKS_APART_MS, resolution)
         if low is not None and high is not None and low.end_ms <= bounds.end_ms <= high.end_ms:
-            state.move_standing(window, bounds)
+            state.move_standing(window, bounds, between)
 
     def _may_stand(self, window: Window, bounds: Bounds) -> bool:
         """Whether a window was given its place, durably."""
@@ -467,8 +468,11 @@ class ShardCore:
             return True
         return False
 
-    def move_standing(self, now_ms: int) -> None:
-        """Brings all standing windows to where they lie at this time, and lets go of those that nobody asks for."""
+    def move_standing(self, now_ms: int, between: Callable[[], None] | None = None) -> None:
+        """Brings all standing windows to where they lie at this time, and lets go of those that nobody asks for.
+
+        `between` is called on the way, when all but the window that moves can be read.
+        """
         unused = self.state.standing.unused_since(now_ms - int(self._settings.standing_idle_seconds * 1000))
         if dropped := set(unused) - set(self._configured_windows()):
             with suppress(DiskFullError):
@@ -477,7 +481,7 @@ class ShardCore:
         for window in self.state.standing:
             bounds = bounds_of(window, now_ms, self._cluster.resolution_ms)
             if bounds is not None and not isinstance(window, SessionWindow):
-                self.state.move_standing(window, bounds)
+                self.state.move_standing(window, bounds, between)
         self._move_sessions(now_ms)
 
     # --- Plays --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ another. A turn takes what has gathered meanwhile: first a group of requests (as
 one fdatasync), then the queries that wait. Groups and scans run on the writer's thread, and while it is at them the
 event loop reads the next messages, so the group grows with the load. Short queries, which cost less than the way to
 another thread, run in the loop itself, whenever the writer is not at the state: a lock says so, which is free while a
-group is read and while it is on its way to disk. The writer answers those that come while it counts, part by part.
+group is read and while it is on its way to disk. The writer answers those that come while it counts, part by part, and
+while it moves a standing window, step by step.
 
 Bounds: `queue_requests_max` requests wait (then `append` does, and with it the gateways' streams), `scan_queue_max`
 scanning queries wait (then one more is refused), and identical ones that wait together are answered by one scan.
@@ -35,6 +36,9 @@ T = TypeVar("T")
 _EXPIRY_SECONDS = 600.0
 _SNAPSHOT_AGAIN_SECONDS = 30.0
 _STANDING_SECONDS = 1.0
+_WRITER_NICE = 5
+"""Where processors are short, plays wait in the writer's queue, which takes more at once then, and not in the loops of
+gateways and shards, where queries would wait with them."""
 _SNAPSHOT_NICE = 19
 
 
@@ -53,8 +57,8 @@ class ShardOwner:
     def __init__(self, core: ShardCore, settings: ShardSettings) -> None:
         self._core = core
         self._settings = settings
-        self._writer = ThreadPoolExecutor(1, "writer")
-        self._snapshots = ThreadPoolExecutor(1, "snapshot", initializer=_stand_back)
+        self._writer = ThreadPoolExecutor(1, "writer", _stand_back, (_WRITER_NICE,))
+        self._snapshots = ThreadPoolExecutor(1, "snapshot", _stand_back, (_SNAPSHOT_NICE,))
         self._requests: deque[tuple[bytes, asyncio.Future[bytes]]] = deque()
         self._short: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]] = deque()
         self._changes: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]] = deque()
@@ -190,13 +194,13 @@ class ShardOwner:
         parsed = self._core.parse(requests)
         with self._state:
             group = self._core.admit(parsed, now_ms())
-            self._run_short_here()
+            self.answer_short()
         self._core.write(group)
         with self._state:
-            return self._core.count(group, self._run_short_here)
+            return self._core.count(group, self.answer_short)
 
-    def _run_short_here(self) -> None:
-        """Answers the short queries on the writer's thread, which is at the state."""
+    def answer_short(self) -> None:
+        """Answers the short queries that wait; for jobs on the writer's thread to call when the state can be read."""
         while self._short:
             job, future = self._short.popleft()
             self._event_loop.call_soon_threadsafe(_settle, future, _attempt(job, self._core))
@@ -275,7 +279,7 @@ class ShardOwner:
         while not self._closing and not self.failed.done():
             if len(self._core.state.standing):
                 try:
-                    await self._as_job(lambda core: core.move_standing(now_ms()))
+                    await self._as_job(lambda core: core.move_standing(now_ms(), self.answer_short))
                 except StorageError as error:
                     log.warning("standing_windows_failed", error=error)
             with suppress(TimeoutError):
@@ -372,10 +376,10 @@ async def _end_in_time(
             hurry.cancel()
 
 
-def _stand_back() -> None:
-    """Lets this thread have the processor when others do not need it: plays and queries wait for theirs."""
+def _stand_back(nice: int) -> None:
+    """Lets other threads have the processor first: the more so, the nicer this one is."""
     with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SNAPSHOT_NICE)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:

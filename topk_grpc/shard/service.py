@@ -124,7 +124,7 @@ class ShardService(_Base):  # type: ignore[misc]
 
         def followed(core: ShardCore) -> T:
             if scope.standing is not None and scope.bounds is not None:
-                core.follow(scope.standing, scope.bounds, now_ms())
+                core.follow(scope.standing, scope.bounds, now_ms(), self._owner.answer_short)
             return answer(core)
 
         return await self._owner.scan(key, followed)
