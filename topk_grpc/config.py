@@ -113,16 +113,45 @@ def check_exposure(listen: str, *, tls: bool, plaintext: bool, flag: str = "--li
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerSettings(_Checked):
-    """What every server has."""
+class StoreSettings(_Checked):
+    """The way to a cluster's topology."""
 
     topology: str = setting(..., "", "Where the cluster's topology is kept: file:PATH on one machine, etcd://HOST:PORT[,HOST:PORT…]/PREFIX for several. All roles of a cluster name the same.")
-    topology_wait_seconds: float = setting(600.0, "s", "How long a start waits for a topology store that does not answer, not ready meanwhile; then it fails. A server that runs goes on without the store for as long as it is away.", 0, 86_400 * 7)
     etcd_ca: str = setting("", "path", "A PEM file with the CA of etcd's certificates. With it, or with --etcd-cert, etcd is spoken to in TLS. Read anew when it changes, as the next two are.")
     etcd_cert: str = setting("", "path", "A PEM file with the certificate that is shown to etcd, where it asks for one.")
     etcd_key: str = setting("", "path", "A PEM file with the private key of --etcd-cert, without a passphrase.")
     etcd_user: str = setting("", "", "The user to log in to etcd with; needs --etcd-password-file. Empty: none.")
     etcd_password_file: str = setting("", "path", "A file whose first line is the password of --etcd-user. Read anew at each login; readable by nobody else.")
+    plaintext: bool = setting(False, "", "Allow an address that other machines can reach without TLS, and shards and an etcd on other machines: only where the network or a proxy in front keeps others out. Plays, answers, tokens and the cluster's secret can be read on the way.")
+
+    def __post_init__(self) -> None:
+        """Checks that what belongs together is given together.
+
+        Raises:
+            SettingError: settings contradict each other.
+        """
+        super().__post_init__()
+        if bool(self.etcd_cert) != bool(self.etcd_key):
+            raise SettingError("--etcd-cert and --etcd-key belong together: give both, or neither")
+        if bool(self.etcd_user) != bool(self.etcd_password_file):
+            raise SettingError("--etcd-user and --etcd-password-file belong together: give both, or neither")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaveSettings(StoreSettings):
+    """What a shard's container is asked with before it is stopped."""
+
+    shard_id: str = setting(..., "", "The shard that is about to be stopped, named as a pod of a StatefulSet: NAME-N.")
+    statefulset: str = setting(..., "", "The StatefulSet that it is of. A shard whose number its replicas do not reach any more is going for good: it is drained, and taken out of the cluster. Any other one is back soon: nothing is done.")
+    kubernetes_credentials: str = setting("/var/run/secrets/kubernetes.io/serviceaccount", "path", "The directory of the service account that the Kubernetes API is asked with: the files token, ca.crt and namespace. It has to be allowed to get the StatefulSet.")
+    kubernetes_wait_seconds: float = setting(30.0, "s", "How long to go on asking a Kubernetes API that does not answer; then nothing is done, and the shard's plays wait on its volume.", 0.1, 3600)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(StoreSettings):
+    """What every server has."""
+
+    topology_wait_seconds: float = setting(600.0, "s", "How long a start waits for a topology store that does not answer, not ready meanwhile; then it fails. A server that runs goes on without the store for as long as it is away.", 0, 86_400 * 7)
     listen: str = setting("127.0.0.1:0", "HOST:PORT", "Where to serve gRPC; port 0 takes a free one. A port in use is an error at once.")
     health_port: int = setting(0, "port", "Also answer grpc.health.v1 alone, in plaintext, on this port of the listen address; 0: only on the main port.", 0, 65535)
     message_bytes_max: int = setting(8 << 20, "bytes", "The largest gRPC message taken; a larger one is refused with RESOURCE_EXHAUSTED. Must fit batch_plays_max plays.", 1 << 16, 1 << 30)
@@ -130,7 +159,6 @@ class ServerSettings(_Checked):
     tls_cert: str = setting("", "path", "A PEM file with this server's certificate and what lies between it and its CA. With it the server speaks TLS. Read anew when it changes.")
     tls_key: str = setting("", "path", "A PEM file with the private key of --tls-cert, without a passphrase.")
     tls_ca: str = setting("", "path", "A PEM file with the CA of the cluster's own certificates. A shard with --tls-cert takes calls only from holders of a certificate signed by it; a gateway then speaks TLS with its shards, and trusts no other CA for them.")
-    plaintext: bool = setting(False, "", "Allow an address that other machines can reach without TLS, and shards and an etcd on other machines: only where the network or a proxy in front keeps others out. Plays, answers, tokens and the cluster's secret can be read on the way.")
     handshake_seconds: float = setting(10.0, "s", "A connection that has not introduced itself (TLS, HTTP/2) after so long is closed.", 0.1, 3600)
     connection_idle_seconds: float = setting(900.0, "s", "A connection without a call for so long is closed; clients open it again when they need it.", 1, 86_400 * 7)
     drain_seconds: float = setting(10.0, "s", "On SIGTERM: how long streams may take to send the acknowledgements they owe; then they are cut, and clients resend.", 0.1, 600)
@@ -147,10 +175,6 @@ class ServerSettings(_Checked):
         super().__post_init__()
         if bool(self.tls_cert) != bool(self.tls_key):
             raise SettingError("--tls-cert and --tls-key belong together: give both, or neither")
-        if bool(self.etcd_cert) != bool(self.etcd_key):
-            raise SettingError("--etcd-cert and --etcd-key belong together: give both, or neither")
-        if bool(self.etcd_user) != bool(self.etcd_password_file):
-            raise SettingError("--etcd-user and --etcd-password-file belong together: give both, or neither")
         check_exposure(self.listen, tls=bool(self.tls_cert), plaintext=self.plaintext)
 
 
@@ -218,6 +242,7 @@ class GatewaySettings(ServerSettings):
     allowed_lateness_seconds: float = setting(300.0, "s", "An answer is FINAL when the watermark has passed its end by this much.", 0, 86_400 * 366)
     stream_age_seconds: float = setting(1800.0, "s", "Streams end with OK after this time, up to a tenth earlier by chance, so that clients spread over new gateways.", 1, 86_400 * 7)
     stream_idle_seconds: float = setting(300.0, "s", "A StreamPlays on which no batch has come in for so long, or one that does not come to its end, ends with OK; the client opens it again when it has plays.", 0.1, 86_400 * 7)
+    drain_delay_seconds: float = setting(0.0, "s", "On SIGTERM: how long the gateway still serves, not ready any more, before it drains. As long as those who send it calls take to hear of that: some 5 s behind a Kubernetes Service, where the grace period of the pod has to hold it and stop_seconds.", 0, 600)
     connection_age_seconds: float = setting(3600.0, "s", "A connection takes no new calls after this time, up to a tenth earlier or later by chance, and is cut when stream_age_seconds more have passed: it bounds calls whose request never comes to its end.", 1, 86_400 * 366)
     watch_interval_seconds: float = setting(0.5, "s", "The pause between two evaluations of a watched query: how old a watcher's list may be. Less costs the shards more queries.", 0.01, 3600)
     watch_k_max: int = setting(1000, "entries", "The largest k of a watch; a larger one is refused with INVALID_ARGUMENT.", 1, 10_000)

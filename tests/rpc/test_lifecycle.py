@@ -12,6 +12,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from topk_grpc.rpc.channels import open_channel
 
 SERVER = """
 import asyncio, sys
@@ -31,6 +34,8 @@ async def main():
     await health.register(server)
     log.event("ready", address=await bind(server, "127.0.0.1:0"))
     await server.start()
+    if "delay" in sys.argv:
+        stop.delay_by(float(sys.argv[-1]))
     await health.set(ready=True)
     await serve_until_stopped([server], health, stop, 60.0)
 
@@ -104,8 +109,6 @@ async def test_process_outlives_its_stdin_unless_asked() -> None:
 
 
 async def test_second_signal_cuts_calls_under_way() -> None:
-    from topk_grpc.rpc.channels import open_channel
-
     async with serving() as it, open_channel(it.address) as channel:
         forever: Any = channel.unary_unary("/test.Service/Forever")
         call = forever(b"")
@@ -115,3 +118,34 @@ async def test_second_signal_cuts_calls_under_way() -> None:
         os.kill(it.process.pid, signal.SIGTERM)
         assert await it.end() == 0, "60 seconds of grace were cut short"
         call.cancel()
+
+
+async def readiness(address: str) -> int:
+    async with open_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service="readiness")
+        answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+    return int(answer.status)
+
+
+async def test_a_server_that_leaves_is_not_ready_and_serves_on_for_a_while() -> None:
+    async with serving("delay", "3") as it:
+        assert await readiness(it.address) == health_pb2.HealthCheckResponse.SERVING
+        it.process.terminate()
+        assert (await it.line("leaving"))["reason"] == "SIGTERM"
+        assert await readiness(it.address) == health_pb2.HealthCheckResponse.NOT_SERVING
+        async with open_channel(it.address) as channel:
+            forever: Any = channel.unary_unary("/test.Service/Forever")
+            call = forever(b"")
+            await it.line("called")
+            call.cancel()
+        assert (await it.line("stopping"))["reason"] == "SIGTERM"
+        assert await it.end() == 0
+
+
+async def test_second_signal_cuts_the_delay_short() -> None:
+    async with serving("delay", "600") as it:
+        it.process.terminate()
+        await it.line("leaving")
+        it.process.terminate()
+        await it.line("stopping")
+        assert await it.end() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +16,13 @@ from cryptography.x509.oid import NameOID
 
 def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _host(text: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(text))
+    except ValueError:
+        return x509.DNSName(text)
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,11 @@ class Authority:
     def write(self, path: Path) -> None:
         path.write_bytes(self._cert.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str, *, days: float = 7) -> Pair:
-        """A certificate for this machine, valid until so many days from now; days below 0 lie in the past."""
+    def issue(self, name: str, *, days: float = 7, hosts: Iterable[str] = ("localhost", "127.0.0.1")) -> Pair:
+        """A certificate for some hosts, valid until so many days from now; days below 0 lie in the past."""
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
-        names = x509.SubjectAlternativeName(
-            [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        )
+        names = x509.SubjectAlternativeName([_host(one) for one in hosts])
         cert = (
             x509.CertificateBuilder()
             .subject_name(_name(name))

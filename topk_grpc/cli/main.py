@@ -20,7 +20,7 @@ from topk_grpc._version import VERSION
 from topk_grpc.cli import settings
 from topk_grpc.cli.failures import fail
 from topk_grpc.cli.reach import Reach, with_reach
-from topk_grpc.config import ControllerSettings, GatewaySettings, ShardSettings
+from topk_grpc.config import ControllerSettings, GatewaySettings, LeaveSettings, ShardSettings
 from topk_grpc.errors import TopKError
 
 app: Final = typer.Typer(
@@ -174,9 +174,17 @@ def _run_controller(role: ControllerSettings) -> None:
     run_controller(role)
 
 
+def _run_leave(role: LeaveSettings) -> None:
+    """Drain a shard and take it out, if Kubernetes stops its pod for good; for a shard's preStop hook."""
+    from topk_grpc.cli.leave import run_leave
+
+    run_leave(role)
+
+
 app.command("shard")(settings.command_from(ShardSettings, _run_shard))
 app.command("gateway")(settings.command_from(GatewaySettings, _run_gateway))
 app.command("controller")(settings.command_from(ControllerSettings, _run_controller))
+app.command("leave")(settings.command_from(LeaveSettings, _run_leave))
 
 
 # --- Plays in ---------------------------------------------------------------------------------------------------------

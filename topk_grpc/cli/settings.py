@@ -15,6 +15,7 @@ import typer
 from topk_grpc.config import (
     ControllerSettings,
     GatewaySettings,
+    LeaveSettings,
     ServerSettings,
     SettingInfo,
     ShardSettings,
@@ -33,7 +34,7 @@ ROLES: Final[Mapping[str, type]] = {
 """The settings of each role, by its command."""
 
 OWNED_BY_UP: Final = frozenset(
-    {"topology", "listen", "health_port", "metrics_port", "exit_with_stdin"}
+    {"topology", "listen", "health_port", "metrics_port", "exit_with_stdin", "drain_delay_seconds"}
     | {"shard_id", "data_dir", "advertise", "join"}
     | {"create_shards", "shard_prefix", "partitioner", "slots"}
     | {"topology_wait_seconds", *STORE}
@@ -172,7 +173,7 @@ on.
 def markdown() -> str:
     """The text of docs/settings.md."""
     parts = [_HEAD]
-    for command, settings_class in ROLES.items():
+    for command, settings_class in {**ROLES, "topk leave": LeaveSettings}.items():
         parts.append(f"\n## {command}\n\n| flag | variable | default | unit | range | what it does |\n{'|---' * 6}|\n")
         parts.extend(_row(info) for info in describe(settings_class))
     return "".join(parts)

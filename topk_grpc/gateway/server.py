@@ -113,6 +113,7 @@ async def _serve(
         add_ClusterAdminServiceServicer_to_server(admin, server)
         add_reflection(server, [SERVICE, ADMIN_SERVICE])
         await server.start()
+        stop.delay_by(settings.drain_delay_seconds)
         await health.set(ready=True)
         log.event("ready", address=address, cluster=topology.cluster_id, epoch=topology.epoch)
         _warn_if_open(settings)

@@ -25,12 +25,17 @@ class StopRequest:
     Install it before anything that takes long, so that a signal during recovery is heard too. A second signal means
     "now": `urgent` is set, and `graceful_stop` waits no longer.
 
+    After `delay_by` the process is `leaving` for so long before it is asked to end: it says that it is not ready, and
+    serves on, so that whoever sends it calls has time to hear of it.
+
     Whatever hangs, the process has ended `seconds` after the first one: a thread of its own sees to that, since one
     that waits for a disk cannot be told to stop, and holds up the interpreter's own end.
     """
 
     def __init__(self) -> None:
+        self.leaving = asyncio.Event()
         self.urgent = asyncio.Event()
+        self._delay = 0.0
         self._asked = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._seconds: float | None = None
@@ -49,14 +54,28 @@ class StopRequest:
 
     def ask(self, reason: str) -> None:
         """Asks; the second time means now. From the event loop's thread."""
-        if self._asked.is_set():
+        if self.leaving.is_set():
             self.urgent.set()
+            self._end()
             return
         self.reason = reason
+        self.leaving.set()
+        if self._delay:
+            self._loop.call_later(self._delay, self._end)
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        if self._asked.is_set():
+            return
         if self._seconds is not None:
             self._until = self._loop.time() + self._seconds
             threading.Thread(target=self._end_late, args=(self._seconds,), name="stop", daemon=True).start()
         self._asked.set()
+
+    def delay_by(self, seconds: float) -> None:
+        """From here on others send this process calls: it is leaving for so long before it is asked to end."""
+        self._delay = seconds
 
     @property
     def seconds_left(self) -> float | None:
@@ -122,7 +141,7 @@ class StopRequest:
             return  # the loop is closed: the process ends anyway
 
     def _stdin_ended(self) -> None:
-        if not self.asked:  # its end after a signal is no second wish
+        if not self.leaving.is_set():  # its end after a signal is no second wish
             self.ask("stdin")
 
 
@@ -157,7 +176,7 @@ async def graceful_stop(
 async def serve_until_stopped(
     servers: Iterable[grpc.aio.Server], health: Health, stop: StopRequest, drain_seconds: float
 ) -> None:
-    """Waits for the request to stop, then stops the servers within a time.
+    """Waits for the request to stop, not ready any more while the process is leaving; then stops within a time.
 
     Streams that read by `rpc.streams.messages(requests, stop.event)` come to their end by themselves.
 
@@ -167,6 +186,10 @@ async def serve_until_stopped(
         stop: installed.
         drain_seconds: how long calls may take to end.
     """
+    await stop.leaving.wait()
+    await health.set(ready=False)
+    if not stop.asked:
+        log.event("leaving", reason=stop.reason)
     reason = await stop.wait()
     log.event("stopping", reason=reason, drain_seconds=drain_seconds)
     await graceful_stop(servers, health, drain_seconds, stop.urgent)

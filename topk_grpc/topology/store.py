@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from topk_grpc.config import ServerSettings
+from topk_grpc.config import StoreSettings
 from topk_grpc.errors import TopologyConflictError, TopologyError
 from topk_grpc.model import Topology
 
@@ -53,8 +53,8 @@ class StoreAccess:
     plaintext: bool = False
 
     @classmethod
-    def of(cls, settings: ServerSettings) -> StoreAccess:
-        """What a role's settings say."""
+    def of(cls, settings: StoreSettings) -> StoreAccess:
+        """What settings say."""
         return cls(
             ca=settings.etcd_ca,
             cert=settings.etcd_cert,
