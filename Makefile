@@ -17,11 +17,15 @@ FUZZ_BUILD := build/fuzz/.built
 STORM_SECONDS ?= 1800
 KILLS ?= 200
 MOVES_ROUNDS ?= 3
+VERSION := $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' topk_grpc/_version.py)
+IMAGE ?= ghcr.io/topk-grpc/topk-grpc
+CHECKOV := build/checkov/.built
 
 # What an install depends on: an edited kernel or proto is built again.
 SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find protos -name '*.proto') $(wildcard topk_grpc/kernels/*.py)
 
-.PHONY: help install demo test soak fuzz fuzz-build lint bench docs audit-dependencies clean storm kills moves
+.PHONY: help install demo test soak fuzz fuzz-build lint bench docs audit-dependencies clean storm kills moves \
+	image test-image checkov lock
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +70,23 @@ bench: $(STAMP) ## Measure throughput, latency and memory, beside a bare relay a
 docs: $(STAMP) ## Write docs/settings.md anew
 	@$(BIN)/python -m topk_grpc.cli.settings > docs/settings.md
 
+image: ## Build the image, tagged X.Y.Z and X.Y (IMAGE=… names it, IMAGE_OPTIONS=… adds to the builder's)
+	@builder=$$(command -v buildah podman docker | head -1); \
+	if [ -z "$$builder" ]; then echo "error: none of buildah, podman and docker is here" >&2; exit 1; fi; \
+	"$$builder" build -f deploy/Dockerfile $(IMAGE_OPTIONS) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION=$$(git rev-parse HEAD)$$(git diff --quiet HEAD || echo -dirty) \
+		-t $(IMAGE):$(VERSION) -t $(IMAGE):$(basename $(VERSION)) .
+
+test-image: $(STAMP) ## Build the image without a registry, and run the dev overlay's containers with podman (root, Debian)
+	@TOPK_TEST_IMAGE=1 $(BIN)/python -m pytest -s tests/image $(PYTEST)
+
+checkov: $(STAMP) $(CHECKOV) ## Check image, manifests and their settings, hardening included (installs checkov)
+	@$(BIN)/python -m pytest tests/deploy $(PYTEST)
+
+lock: $(STAMP) ## Pin anew what the image installs: deploy/*.lock, with hashes
+	@$(PIP) install uv
+	@$(BIN)/python .ci/lock.py
+
 audit-dependencies: $(STAMP) ## Ask PyPI's vulnerability database about every installed package (needs the network)
 	@if $(BIN)/python .ci/audit_reachable.py; then \
 		$(PIP) install pip-audit && $(BIN)/pip-audit --skip-editable --progress-spinner off; \
@@ -106,9 +127,15 @@ $(STAMP): $(SOURCES)
 		echo "No C extension can be built here ($$reason): installing the kernels uncompiled," \
 			"exact but hundreds of times slower. Install gcc and Python's headers, then: make clean install"; \
 	fi; \
-	$(PIP) install --editable '.[dev,ingest,etcd]'; \
+	$(PIP) install --editable '.[dev,deploy,ingest,etcd]'; \
 	$(BIN)/topk --version; \
 	touch $@
+
+# It pins what others need newer, so it lives apart.
+$(CHECKOV): | $(STAMP)
+	@rm -rf build/checkov; $(BIN)/python -m venv build/checkov
+	@build/checkov/bin/python -m pip --disable-pip-version-check --quiet install 'checkov>=3.2'
+	@touch $@
 
 # A build of its own: the installed kernels stay as they are.
 $(FUZZ_BUILD): $(wildcard topk_grpc/kernels/*.py) setup.py | $(STAMP)
