@@ -36,9 +36,11 @@ class Network:
 
     Args:
         names: of the hosts.
+        also: what else they are called, by name.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], also: Mapping[str, Sequence[str]] | None = None) -> None:
+        self._also = also or {}
         self._prefix = f"topk-test-{os.getpid()}"
         self._names = list(names)
         self._had_files = NETNS_FILES.exists()
@@ -78,11 +80,18 @@ class Network:
 
     def _write_names(self) -> None:
         """In place: a process that runs has the file itself, not its name."""
-        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in self.addresses.items())]
+        lines = [
+            "127.0.0.1 localhost",
+            *(" ".join((address, name, *self._also.get(name, ()))) for name, address in self.addresses.items()),
+        ]
         for name in self._names:
             folder = NETNS_FILES / self._namespace(name)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "hosts").write_text("\n".join(lines) + "\n")
+
+    def hosts_file(self, name: str) -> Path:
+        """What a host has in the place of /etc/hosts."""
+        return NETNS_FILES / self._namespace(name) / "hosts"
 
     def within(self, name: str) -> tuple[str, ...]:
         """What runs a command on a host, as that process."""
