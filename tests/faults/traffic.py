@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -60,7 +61,7 @@ _OF_OURS: Final = frozenset(
 )
 
 
-class Producer:
+class Producer(ABC):
     """One ordered source of batches.
 
     Attributes:
@@ -127,9 +128,9 @@ class Producer:
         one = (plays.sets[row], plays.buckets[row], plays.songs[row], plays.offsets_ms[row])
         return Plays(plays.grid, *one, np.array([count]))
 
+    @abstractmethod
     async def run(self, until: asyncio.Event) -> None:
         """Sends until told to stop, then until everything is acknowledged."""
-        raise NotImplementedError
 
 
 # --- Through the library ----------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def tokens(data: bytes) -> None:
 
 
 async def _never() -> Any:
-    raise NotImplementedError
+    raise AssertionError("tokens are read without an evaluation")
 
 
 _EVALUATION = Evaluation(_never, 1.0, lambda: 1)
