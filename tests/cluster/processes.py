@@ -212,6 +212,7 @@ class Cluster:
     def kill(self, name: str) -> None:
         """kill -9; `everything` is the supervisor and all its children."""
         assert self.server is not None
+        self._known.update(_children(self.server.pid).values())
         if name == "everything":
             # Stopped first, so that it starts none of them again before it dies itself.
             os.kill(self.server.pid, signal.SIGSTOP)
@@ -223,6 +224,12 @@ class Cluster:
         if name in {"everything", "supervisor"}:
             self.server.process.wait(10)
             self.wait_gone()
+
+    def snapshots(self, shard_id: str) -> int:
+        """How many a shard has said it has taken."""
+        assert self.server is not None
+        lines = self.server.stderr.splitlines()
+        return sum('"snapshot_taken"' in line and f'"{shard_id}"' in line for line in lines)
 
     def wait_gone(self) -> None:
         """None of the children outlives its supervisor."""

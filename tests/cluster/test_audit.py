@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cluster
 
 NOW = 1_700_000_000_000
 SETTINGS = {
-    "TOPK_SNAPSHOT_LOG_BYTES": str(1 << 17 if compiled() else 1 << 20),  # an audit has to be faster than two snapshots
+    "TOPK_SNAPSHOT_LOG_BYTES": str(1 << 17 if compiled() else 1 << 18),  # an audit has to be faster than two snapshots
     "TOPK_SEGMENT_BYTES": str(1 << 16),
     "TOPK_STANDING_WINDOWS": "tumbling:1h,session:15m",
     "TOPK_LOG_LEVEL": "info",
@@ -75,6 +75,7 @@ def test_a_cluster_is_audited_while_plays_arrive_and_snapshots_are_taken_and_whe
 ) -> None:
     for sequence in range(1, 150):
         record(cluster, sequence)
+    wait_for(lambda: all(map(cluster.snapshots, ("shard-0", "shard-1"))), 120, "there are snapshots to count from")
     stop = threading.Event()
     sent: list[int] = []
 

@@ -44,7 +44,7 @@ STALL_MS_MAX: Final = 500
 LOAD_MAX: Final = 6.0
 """Of a processor, the cluster's included. Where it is higher, or kernels are not compiled, stalls are not judged."""
 HOME_SECONDS: Final = 30.0
-MOVES_SECONDS: Final = 120.0
+MOVES_SECONDS: Final = 120.0 if compiled() else 360.0
 PLAYS_PER_SECOND: Final = 5000.0 if compiled() else 50.0
 
 

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from topk_grpc.config import ShardSettings
 from topk_grpc.engine.copies import Room
 from topk_grpc.errors import NotReadyError, ResourceExhaustedError, StorageError, WriteFailedError
+from topk_grpc.kernels import compiled
 from topk_grpc.model import Window
 from topk_grpc.rpc import log
 from topk_grpc.shard.core import ShardCore
@@ -38,7 +39,8 @@ _SNAPSHOT_AGAIN_SECONDS = 30.0
 _STANDING_SECONDS = 1.0
 _WRITER_NICE = 5
 """Where processors are short, plays wait in the writer's queue, which takes more at once then, and not in the loops of
-gateways and shards, where queries would wait with them."""
+gateways and shards, where queries would wait with them. Not where kernels are not compiled: the writer then holds the
+interpreter's lock all the time, and the loop would wait for it, too."""
 _SNAPSHOT_NICE = 19
 
 
@@ -57,7 +59,7 @@ class ShardOwner:
     def __init__(self, core: ShardCore, settings: ShardSettings) -> None:
         self._core = core
         self._settings = settings
-        self._writer = ThreadPoolExecutor(1, "writer", _stand_back, (_WRITER_NICE,))
+        self._writer = ThreadPoolExecutor(1, "writer", _stand_back, (_WRITER_NICE if compiled() else 0,))
         self._snapshots = ThreadPoolExecutor(1, "snapshot", _stand_back, (_SNAPSHOT_NICE,))
         self._requests: deque[tuple[bytes, asyncio.Future[bytes]]] = deque()
         self._short: deque[tuple[Callable[[ShardCore], Any], asyncio.Future[Any]]] = deque()
