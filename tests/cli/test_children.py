@@ -30,7 +30,7 @@ def test_a_child_is_out_of_reach_of_the_terminal_and_shares_its_parents_session(
                 assert os.getpgid(pid) == pid  # Ctrl-C goes to the group in front
                 assert os.getsid(pid) == os.getsid(0)  # the scheduler shares processors out among sessions first
                 child.kill()
-                while child.pid in {None, pid} or not child.ready.is_set():
+                while child.pid in {None, pid} or not child.ready.is_set():  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
                 assert child.starts == 2
         finally:
