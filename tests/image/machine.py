@@ -27,6 +27,16 @@ _PYTHON: Final = (
     "libpython3.11-dev",
     "ca-certificates",
 )
+_REVISION: Final = "org.opencontainers.image.revision"
+_SOURCES: Final = (
+    "topk_grpc",
+    "protos",
+    "setup.py",
+    "pyproject.toml",
+    "deploy/Dockerfile",
+    "deploy/*.lock",
+    ".dockerignore",
+)
 _CERTIFICATES: Final = "/etc/ssl/certs/ca-certificates.crt"
 
 # crun does not run where cgroups are mixed, and without the ulimits no container starts on some kernels.
@@ -131,6 +141,19 @@ class Machine:
             self.run(
                 *("buildah", "bud", "--pull-never", "--isolation", "chroot", "-t", image, str(context)), seconds=600
             )
+
+    def is_current(self, image: str) -> bool:
+        """Whether there is an image of a commit since which nothing has changed that it is made of."""
+        if not self.has(image):
+            return False
+        revision = self.podman("image", "inspect", "--format", f'{{{{index .Labels "{_REVISION}"}}}}', image).strip()
+        changed = self.run("git", "diff", "--name-only", revision, "--", *_SOURCES, check=False)
+        known = self.run("git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", check=False)
+        return bool(known) and not changed
+
+    def size_bytes(self, image: str) -> int:
+        """Of all its layers."""
+        return int(self.podman("image", "inspect", "--format", "{{.Size}}", image))
 
     def make_image(self) -> float:
         """Builds the image as `make image` does.
