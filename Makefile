@@ -77,7 +77,7 @@ image: ## Build the image, tagged X.Y.Z and X.Y (IMAGE=… names it, IMAGE_OPTIO
 		--build-arg REVISION=$$(git rev-parse HEAD)$$(git diff --quiet HEAD || echo -dirty) \
 		-t $(IMAGE):$(VERSION) -t $(IMAGE):$(basename $(VERSION)) .
 
-test-image: $(STAMP) ## Build the image without a registry, and run the dev overlay's containers with podman (root, Debian)
+test-image: $(STAMP) ## Build the image without a registry, and run both overlays' containers with podman (root, Debian)
 	@TOPK_TEST_IMAGE=1 $(BIN)/python -m pytest -s tests/image $(PYTEST)
 
 checkov: $(STAMP) $(CHECKOV) ## Check image, manifests and their settings, hardening included (installs checkov)

@@ -28,7 +28,9 @@ CLUSTER_WIDE: Final = ("Namespace",)
 def text_of(overlay: str) -> str:
     """What would be applied."""
     directory = ROOT / "deploy/kubernetes/overlays" / overlay
-    return subprocess.run([str(KUBECTL), "kustomize", str(directory)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [str(KUBECTL), "kustomize", str(directory)], check=True, capture_output=True, text=True
+    ).stdout
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,12 @@ class Manifests:
             if "valueFrom" in entry:
                 values[entry["name"]] = fields[entry["valueFrom"]["fieldRef"]["fieldPath"]]
             else:
-                known = dict(values)
-                values[entry["name"]] = REFERENCE.sub(
-                    lambda match, known=known: known.get(match[1], match[0]), str(entry["value"])
-                )
+                values[entry["name"]] = _replaced(str(entry["value"]), values)
         return values
+
+
+def _replaced(value: str, known: Mapping[str, str]) -> str:
+    return REFERENCE.sub(lambda match: known.get(match[1], match[0]), value)
 
 
 REFERENCE: Final = re.compile(r"\$\((\w+)\)")

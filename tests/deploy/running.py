@@ -15,7 +15,7 @@ from topk_grpc.cli.settings import ROLES
 from topk_grpc.config import describe
 
 ARRIVING_VARIABLES: Final = frozenset({"TOPK_DRAIN_DELAY_SECONDS"})
-"""Settings that manifests have before the servers do. A test fails as soon as one of them has come: take it out then."""
+"""Settings that manifests have before the servers do. A test fails as soon as one has come: take it out then."""
 
 ARRIVING_COMMANDS: Final = frozenset({"leave"})
 """The same of commands."""
@@ -107,7 +107,7 @@ def _names_shards(manifests: Manifests, container: Container, settings: Any) -> 
 
 
 def _leads_nowhere(manifests: Manifests, container: Container, address: str) -> Iterator[str]:
-    """What is wrong with an address, as this container sees it: SERVICE:PORT, POD.SERVICE:PORT, or with the rest of it."""
+    """What is wrong with SERVICE:PORT or POD.SERVICE:PORT, with or without the namespace and the cluster's domain."""
     host, _, port = address.rpartition(":")
     namespace = container.workload["metadata"]["namespace"]
     host = re.sub(rf"\.{re.escape(namespace)}\.svc(\.cluster\.local)?$", "", host)
@@ -145,7 +145,10 @@ def files_are_mounted(manifests: Manifests) -> Iterator[str]:
 
 
 def _paths(container: Container) -> dict[str, str]:
-    named = {"TOPK_TOKEN_FILE", *(info.variable for role in ROLES.values() for info in describe(role) if info.unit == "path")}
+    named = {
+        "TOPK_TOKEN_FILE",
+        *(info.variable for role in ROLES.values() for info in describe(role) if info.unit == "path"),
+    }
     return {
         name: value
         for name, value in container.environment.items()

@@ -18,7 +18,9 @@ HADOLINT: Final = Path(sys.executable).with_name("hadolint")
 CHECKOV: Final = ROOT / "build/checkov/bin/checkov"
 DOCKERFILE: Final = ROOT / "deploy/Dockerfile"
 
-needs_checkov = pytest.mark.skipif(not CHECKOV.exists(), reason="there is no checkov: make checkov installs and runs it")
+needs_checkov = pytest.mark.skipif(
+    not CHECKOV.exists(), reason="there is no checkov: make checkov installs and runs it"
+)
 
 
 def _hadolint(path: Path) -> list[dict[str, Any]]:
@@ -38,7 +40,9 @@ def test_hadolint_finds_nothing() -> None:
 def test_hadolint_finds_what_is_wrong(tmp_path: Path) -> None:
     changed = tmp_path / "Dockerfile"
     text = DOCKERFILE.read_text()
-    changed.write_text(text.replace("python:3.11-slim-bookworm", "python:latest").replace("# hadolint ignore=DL3008\n", ""))
+    changed.write_text(
+        text.replace("python:3.11-slim-bookworm", "python:latest").replace("# hadolint ignore=DL3008\n", "")
+    )
     assert {each["code"] for each in _hadolint(changed)} == {"DL3007", "DL3008"}
 
 

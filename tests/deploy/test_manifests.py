@@ -22,7 +22,9 @@ KUBERNETES: Final = tuple(f"1.{minor}" for minor in range(30, 38))
 Check = Callable[[Manifests], Iterator[str]]
 Change = Callable[[Manifests], object]
 
-needs_etcd = pytest.mark.skipif(shutil.which("etcd") is None, reason="there is no etcd: install it (Debian: etcd-server)")
+needs_etcd = pytest.mark.skipif(
+    shutil.which("etcd") is None, reason="there is no etcd: install it (Debian: etcd-server)"
+)
 
 CHECKS: Final[tuple[Check, ...]] = (
     wiring.selectors_match_pods,
@@ -327,7 +329,11 @@ BROKEN: Final[tuple[tuple[str, Check, Change], ...]] = (
         lambda m: _spec(m, "gateway")["volumes"][0]["secret"].update(secretName="gateway"),
     ),
     ("a long drain", running.grace_outlasts_the_stop, _set("gateway", "TOPK_DRAIN_DELAY_SECONDS", "40")),
-    ("no time to leave", running.grace_outlasts_the_stop, lambda m: _spec(m, "shard").update(terminationGracePeriodSeconds=90)),
+    (
+        "no time to leave",
+        running.grace_outlasts_the_stop,
+        lambda m: _spec(m, "shard").update(terminationGracePeriodSeconds=90),
+    ),
     ("a member more", running.etcd_members_agree, lambda m: _workload(m, "etcd")["spec"].update(replicas=5)),
     ("shards that speak as a member of etcd", network.only_what_is_needed_passes, _open_etcd),
     ("shards that cannot move slots", network.only_what_is_needed_passes, _cut_moves),
@@ -337,7 +343,9 @@ BROKEN: Final[tuple[tuple[str, Check, Change], ...]] = (
 )
 
 
-@pytest.mark.parametrize(("check", "change"), [(check, change) for _, check, change in BROKEN], ids=[each[0] for each in BROKEN])
+@pytest.mark.parametrize(
+    ("check", "change"), [(check, change) for _, check, change in BROKEN], ids=[each[0] for each in BROKEN]
+)
 def test_check_sees(check: Check, change: Change) -> None:
     manifests = Manifests.of("production")
     change(manifests)

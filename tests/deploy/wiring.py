@@ -29,9 +29,9 @@ def selectors_match_pods(manifests: Manifests) -> Iterator[str]:
         if len(manifests.selected(budget["spec"]["selector"]["matchLabels"])) != 1:
             yield f"{label(budget)} does not select the pods of one workload"
     for policy in manifests.of_kind("NetworkPolicy"):
-        for selector in _policy_selectors(policy):
-            if not manifests.selected(selector.get("matchLabels", {})):
-                yield f"{label(policy)} names labels that no pod has: {selector}"
+        for chosen in _policy_selectors(policy):
+            if not manifests.selected(chosen.get("matchLabels", {})):
+                yield f"{label(policy)} names labels that no pod has: {chosen}"
 
 
 def _placing(workload: Manifest) -> Iterator[dict[str, str]]:
@@ -130,8 +130,9 @@ def references_exist(manifests: Manifests) -> Iterator[str]:
     """ConfigMaps, accounts, roles, and the targets of the autoscaler are there, in the namespace of all."""
     [namespace] = manifests.of_kind("Namespace")
     for manifest in manifests.all:
-        if manifest["kind"] not in CLUSTER_WIDE and manifest["metadata"].get("namespace") != (
-            namespace["metadata"]["name"]
+        if (
+            manifest["kind"] not in CLUSTER_WIDE
+            and manifest["metadata"].get("namespace") != (namespace["metadata"]["name"])
         ):
             yield f"{label(manifest)} is not in the namespace {namespace['metadata']['name']}"
     for container in manifests.containers():
