@@ -5,7 +5,10 @@ set. What there is, is read when somebody asks (`Reading`), from attributes that
 and queries nothing. It is read on the thread of the scrape, so a source looks at single attributes, and at what can be
 copied in one step of the interpreter.
 
-The values of a label come from a closed set, never from a caller: whoever calls could make series without end.
+The values of a label come from a closed set, never from a caller: whoever calls could make series without end. Where
+an alert asks whether a counter grows, its owner makes all of its series at the start: of one that begins at 1
+Prometheus sees no growth.
+
 docs/metrics.md has the same table; a test holds the two against each other.
 """
 

@@ -38,6 +38,7 @@ class ShardLinks:
             if shard.shard_id in self._links:
                 self._links[shard.shard_id].move(shard)
             else:
+                metrics.SHARD_UNANSWERED.labels(shard.shard_id)
                 self._links[shard.shard_id] = ShardLink(self._settings, self._channels, shard)
         for gone in self._links.keys() - {shard.shard_id for shard in topology.shards}:
             task = asyncio.create_task(self._links.pop(gone).close())

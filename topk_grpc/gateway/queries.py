@@ -79,6 +79,8 @@ class Queries:
         self._resolution_ms = resolution_ms
         self._scatter = scatter
         self._clock = clock
+        for kind in _KINDS.values():
+            metrics.QUERY_SECONDS.labels(kind)
 
     async def _bounds(
         self, window: Window, as_of: int | Literal["latest"] | None, *, allow_partial: bool

@@ -78,6 +78,8 @@ class Recorder:
         self._watch = watch
         self._links = links
         self._messages = reject_messages(settings)
+        for reason in self._messages:
+            metrics.PLAYS_REJECTED.labels(reason)
         self._turn = asyncio.Lock()
         self._rates = RateLimits(settings)
 

@@ -48,6 +48,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     INTERNAL with an id, and the id is logged with the traceback.
     """
 
+    def __init__(self) -> None:
+        for row in status.TABLE.values():
+            metrics.CALLS_FAILED.labels(row.reason)
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
