@@ -130,9 +130,7 @@ async def _serve_cluster(  # noqa: PLR0917
     add_raw_handlers(server, SERVICE, stream_stream={"Append": service.append})
     add_reflection(server, [SERVICE])
     await server.start()
-    metrics.RECOVERY_RATIO.read_from(lambda: core.recovered_ratio)
-    with metrics.RECOVERING.track_inprogress():
-        await _recover(core, settings, stop)
+    await _recover(core, settings, stop)
     core.own(identity, topology.slots_of(settings.shard_id))
     check_slots(await patience.wait_for(store.read), settings.shard_id, core.state.ownership, settings.data_dir)
     core.configure(now_ms())
@@ -160,7 +158,8 @@ async def _recover(core: ShardCore, settings: ShardSettings, stop: StopRequest) 
     Until the last step recovery changes nothing on disk, and that one can be left in its middle.
     """
     started = time.monotonic()
-    with ThreadPoolExecutor(1, "recovery") as thread:
+    metrics.RECOVERY_RATIO.read_from(lambda: core.recovered_ratio)
+    with ThreadPoolExecutor(1, "recovery") as thread, metrics.RECOVERING.track_inprogress():
         recovering = asyncio.get_running_loop().run_in_executor(thread, core.recover)
         asked = asyncio.ensure_future(stop.wait())
         await asyncio.wait((recovering, asked), return_when=asyncio.FIRST_COMPLETED)
