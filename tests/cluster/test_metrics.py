@@ -58,9 +58,9 @@ def test_each_server_answers_the_metrics_of_its_role(scraped: Scraped) -> None:
 
 
 def test_plays_are_counted_by_what_became_of_them(scraped: Scraped) -> None:
-    names = ["batches_received", "batches_duplicate", "plays_received", "plays_accepted", "plays_duplicate"]
-    names += ["plays_combined"]
-    before = [scraped.value(f"topk_{name}_total") for name in names]
+    names = ["topk_batches_received_total", "topk_batches_duplicate_total", "topk_plays_received_total"]
+    names += ["topk_plays_accepted_total", "topk_plays_duplicate_total", "topk_plays_combined_total"]
+    before = [scraped.value(name) for name in names]
     acks = scraped.value("topk_ack_seconds_count")
     reasons = ("MISSING_TIME", "IN_FUTURE")
     rejected = [scraped.value("topk_plays_rejected_total", reason=reason) for reason in reasons]
@@ -71,7 +71,7 @@ def test_plays_are_counted_by_what_became_of_them(scraped: Scraped) -> None:
     assert (answer.accepted, len(answer.rejected)) == (52, 2)
     assert scraped.cluster.stub.RecordPlays(request, timeout=20).duplicate
 
-    after = [scraped.value(f"topk_{name}_total") for name in names]
+    after = [scraped.value(name) for name in names]
     # The resend's plays are combined once more; of the rest it counts as received and as duplicate.
     assert [late - early for late, early in zip(after, before, strict=True)] == [2, 1, 108, 52, 54, 4]
     assert scraped.value("topk_ack_seconds_count") == acks + 2
@@ -96,12 +96,11 @@ def test_what_a_shard_does_with_plays(scraped: Scraped) -> None:
     assert scraped.shards("topk_queue_requests") == [0, 0]
     assert scraped.shards("topk_queue_requests_max") == [256, 256]
 
-    described = {shard.shard_id: shard for shard in scraped.cluster.stub.DescribeCluster(
-        pb.DescribeClusterRequest(), timeout=20
-    ).shards}  # fmt: skip
-    for index, name in enumerate(("songs", "entries", "slots_owned")):
-        told = [shard.slots if index == 2 else getattr(shard, name) for _, shard in sorted(described.items())]
-        assert scraped.shards(f"topk_{name}") == told
+    described = scraped.cluster.stub.DescribeCluster(pb.DescribeClusterRequest(), timeout=20)
+    shards = sorted(described.shards, key=lambda shard: shard.shard_id)
+    assert scraped.shards("topk_songs") == [shard.songs for shard in shards]
+    assert scraped.shards("topk_entries") == [shard.entries for shard in shards]
+    assert scraped.shards("topk_slots_owned") == [shard.slots for shard in shards]
     assert sum(scraped.shards("topk_slots_owned")) == 1024
     assert scraped.shards("topk_charts") == [1, 1]
 

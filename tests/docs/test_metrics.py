@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from topk_grpc.metrics import REGISTRY, TABLE, Metric
 
 PAGE = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+TESTS = "".join(
+    path.read_text()
+    for folder in ("cluster", "security", "shard", "topology")
+    for path in sorted((Path(__file__).parents[1] / folder).glob("*.py"))
+)
 ROLES = {"gateway", "shard", "controller"}
 
 
@@ -28,6 +35,11 @@ def test_docs_name_every_metric() -> None:
     head = "| metric | of | kind | unit | labels | what it says |\n|---|---|---|---|---|---|\n"
     table = PAGE.partition("<!-- metrics: begin -->\n\n")[2].partition("\n<!-- metrics: end -->")[0]
     assert table == head + rows()
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_every_metric_is_caused_by_a_test(row: Metric) -> None:
+    assert row.name in TESTS
 
 
 def test_names_are_as_prometheus_wants_them() -> None:
