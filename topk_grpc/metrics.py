@@ -160,7 +160,7 @@ def _reading(servers: tuple[str, ...], name: str, unit: str, labels: tuple[str, 
 # Of every server.
 SERVER_INFO: Final = _gauge(_EVERY, "topk_server_info", "1", ("role", "name", "version", "kernels"), "1, with the server's role, a shard's name, the release, and whether its kernels are compiled or uncompiled.")
 READY: Final = _gauge(_EVERY, "topk_ready", "0 or 1", (), "1 while the server wants calls, as health says it; 0 while it starts, recovers or stops.")
-CALLS_FAILED: Final = _counter(_EVERY, "topk_calls_failed_total", "calls", ("reason",), "Calls and streams that ended with an error, by the reason of the status ([api.md](api.md)).")
+CALLS_FAILED: Final = _counter(_EVERY, "topk_calls_failed_total", "calls", ("reason",), "Calls and streams that ended with an error, by the reason of the status (docs/api.md).")
 TOPOLOGY_STORE_AWAY: Final = _gauge(_EVERY, "topk_topology_store_away", "0 or 1", (), "1 while etcd does not answer: the last topology stays in use, and changes of it wait.")
 TOPOLOGY_EPOCH: Final = _gauge(_BOTH, "topk_topology_epoch", "epochs", (), "The epoch of the newest topology that the server has seen.")
 CALLS_ADMITTED: Final = _counter(_BOTH, "topk_calls_admitted_total", "calls", ("role",), "Calls let in, by the role that the method needs: ingest, query, admin, cluster (a gateway's, at a shard), any (every valid token will do), open (health).")
@@ -171,7 +171,7 @@ BATCHES_RECEIVED: Final = _counter(_GATEWAY, "topk_batches_received_total", "bat
 BATCHES_DUPLICATE: Final = _counter(_GATEWAY, "topk_batches_duplicate_total", "batches", (), "Batches of which something had been counted before: resends.")
 PLAYS_RECEIVED: Final = _counter(_GATEWAY, "topk_plays_received_total", "plays", (), "Plays of the batches that could be read. Those that are neither accepted, rejected nor duplicate are under way or have failed.")
 PLAYS_ACCEPTED: Final = _counter(_GATEWAY, "topk_plays_accepted_total", "plays", (), "Plays that were acknowledged as counted, duplicate batches aside.")
-PLAYS_REJECTED: Final = _counter(_GATEWAY, "topk_plays_rejected_total", "plays", ("reason",), "Plays that were rejected, duplicate batches aside, by reason ([api.md](api.md)).")
+PLAYS_REJECTED: Final = _counter(_GATEWAY, "topk_plays_rejected_total", "plays", ("reason",), "Plays that were rejected, duplicate batches aside, by reason (docs/api.md).")
 PLAYS_DUPLICATE: Final = _counter(_GATEWAY, "topk_plays_duplicate_total", "plays", (), "Plays of the duplicate batches.")
 PLAYS_COMBINED: Final = _counter(_GATEWAY, "topk_plays_combined_total", "plays", (), "Plays that travelled to their shard as part of an equal one.")
 ACK_SECONDS: Final = _histogram(_GATEWAY, "topk_ack_seconds", "s", (), _CALL_SECONDS, "From a batch in hand to its acknowledgement, the wait for its rate aside.")
