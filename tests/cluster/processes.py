@@ -51,6 +51,17 @@ def free_port() -> int:
             return port
 
 
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row."""
+    while True:
+        first = free_port()
+        with suppress(OSError):
+            probes = [socket.create_server(("127.0.0.1", first + number)) for number in range(count)]
+            for probe in probes:
+                probe.close()
+            return first
+
+
 def environment() -> dict[str, str]:
     """Without settings that somebody's shell has for other clusters."""
     return {name: value for name, value in os.environ.items() if not name.startswith("TOPK_")}

@@ -61,4 +61,4 @@ def test_a_port_for_metrics_that_is_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(AddressInUseError, match=f"port {port} .*--metrics-port"):
-            metrics.serve("127.0.0.1", port)
+            metrics.serve("127.0.0.1", port, "shard")

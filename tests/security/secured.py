@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from typing import Any, Final
 
 import grpc
 
-from tests.cluster.processes import READY_SECONDS, Server, _children, free_port, wait_for
+from tests.cluster.processes import READY_SECONDS, Server, _children, free_port, free_ports, wait_for
 from tests.security.certificates import Authority, Pair
 from topk_grpc.client import BlockingTopKClient, TlsOptions
 from topk_grpc.gateway.tokens import digest_of
@@ -40,17 +39,6 @@ def tokens_toml(names: list[str]) -> str:
 
 def bearer(name: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {TOKENS[name][0]}"),)
-
-
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    while True:
-        first = free_port()
-        with suppress(OSError):
-            probes = [socket.create_server(("127.0.0.1", first + number)) for number in range(count)]
-            for probe in probes:
-                probe.close()
-            return first
 
 
 class Secured:

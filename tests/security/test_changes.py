@@ -165,6 +165,8 @@ def test_a_token_over_its_rate_is_held_back_and_counted(own: Secured) -> None:
         assert ack.accepted == 1
     assert own.refused("RATE_LIMITED") >= 1
     assert own.metric("topk_plays_delayed_total", '{limit="token"}') == delayed + 1
+    assert own.metric("topk_batches_delayed_total", '{limit="token"}') >= 1
+    assert 0 < own.metric("topk_rate_delay_seconds_total", '{limit="token"}') < 30
     assert own.events("rate_limited")[-1]["token"] == "leaver"
     write_tokens(own, list(TOKENS))
 

@@ -27,7 +27,7 @@ async def serve(settings: ControllerSettings) -> None:
     Raises:
         TopKError: it cannot start; the message says why and what to do.
     """
-    startup.begin(settings, role="controller")
+    startup.begin(settings, "controller")
     stop = StopRequest().install(stdin=settings.exit_with_stdin, seconds=settings.stop_seconds)
     store = open_store(settings.topology, StoreAccess.of(settings))
     try:

@@ -7,6 +7,7 @@ back, follows the record's verdicts, and ends in the same state.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from topk_grpc.kernels.marks import touch_slots
 from topk_grpc.kernels.wire import message_spans
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 
+LATE_MS: Final = 300_000
+"""How far a play may be behind the newest one before it is called late: windows are final after that by default."""
+
 
 def apply(state: ShardState, admission: Admission, between: Callable[[], None] | None = None) -> None:
     """Counts the plays of an admitted request.
@@ -31,10 +35,21 @@ def apply(state: ShardState, admission: Admission, between: Callable[[], None] |
     """
     for part in admission.parts:
         if part.changes:
+            state.late_plays += _late_plays(state, part)
             apply_part(state, admission.request, part)
             state.pending_plays -= part.plays
             if between is not None:
                 between()
+
+
+def _late_plays(state: ShardState, part: Part) -> int:
+    columns, before_ms = part.columns, state.newest_event_ms - LATE_MS
+    if state.oldest_event_ms is None or not columns.count or int(columns.times_ms.min()) >= before_ms:
+        return 0
+    late = (columns.times_ms < before_ms) & (columns.counts > 0)
+    if part.chosen is not None:
+        late &= part.chosen == 1
+    return int(columns.counts[late].sum())
 
 
 def apply_part(state: ShardState, request: bytes | memoryview, part: Part) -> None:

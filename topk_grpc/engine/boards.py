@@ -51,6 +51,7 @@ class Board:
         past: how far back the finest buckets are kept; set by the owner while sessions stand.
         cells: all plays by time.
         entry_charts: the chart of each entry; empty: all in chart 0.
+        heap_rebuilds: heaps that were filled anew for a query.
     """
 
     def __init__(self, heap_size: int) -> None:
@@ -65,6 +66,7 @@ class Board:
         self.cells = CellStore()
         self.names = Names(_IDENTITY, StringTable())
         self.entry_charts: NDArray[np.int32] = _IDENTITY
+        self.heap_rebuilds = 0
 
     def __len__(self) -> int:
         return self._entries
@@ -72,15 +74,17 @@ class Board:
     @property
     def rankings(self) -> list[Ranking]:
         """All rankings."""
-        spans = [span.ranking for span in self.spans.values()]
-        return [self.all_time, *spans, *(span.ranking for span in self.sessions.values())]
+        kept: list[Span | SessionSpan] = [*self.spans.values(), *self.sessions.values()]
+        return [self.all_time, *(span.ranking for span in kept)]
 
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of all arrays; of the heaps only what is in use."""
-        beside = sum(ranking.memory_bytes for ranking in self.rankings)
-        sessions = sum(span.memory_bytes for span in self.sessions.values())
-        return self._rows.nbytes + beside + sessions + self.cells.memory_bytes
+    def memory_by_part(self) -> dict[str, int]:
+        """Bytes of the arrays of each part; of the heaps only what is in use. From any thread."""
+        return {
+            "rows": self._rows.nbytes,
+            "heaps": sum(ranking.memory_bytes for ranking in self.rankings),
+            "sessions": sum(span.memory_bytes for span in list(self.sessions.values())),
+            "cells": self.cells.memory_bytes,
+        }
 
     def _reserve(self, entries: int, charts: int) -> None:
         if entries > len(self._rows):
@@ -321,6 +325,7 @@ class Board:
             if k > self._heap_size:
                 return self.names.select(candidates, self._rows[candidates, ranking.column], k)
             ranking.fill(self._rows, self.names, chart, candidates)
+            self.heap_rebuilds += 1
             best = ranking.best(self.names, chart, k)
         return best
 

@@ -295,7 +295,7 @@ class CellStore:
     @property
     def memory_bytes(self) -> int:
         """Bytes of the chunks; blocks are mapped files."""
-        return sum(chunk.memory_bytes for chunk in self._chunks) + 20 * self._used
+        return sum(chunk.memory_bytes for chunk in list(self._chunks)) + 20 * self._used
 
     def append(self, buckets: NDArray[np.int64], entries: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
         """Adds cells, in any order."""

@@ -120,7 +120,7 @@ class Ownership:
     @property
     def image_bytes(self) -> int:
         """Bytes of all images that are held."""
-        return sum(len(held.image) for held in self.held.values())
+        return sum(len(held.image) for held in list(self.held.values()))
 
     def going_to(self, slot: int) -> str:
         """The shard that a slot goes to or has gone to; empty where this one knows of none."""

@@ -25,12 +25,16 @@ class StandingWindows:
     Args:
         boards: of the shard, by name.
         resolution_ms: the cluster's.
+
+    Attributes:
+        slides: moves of windows to other bounds.
     """
 
     def __init__(self, boards: Mapping[str, Board], resolution_ms: int) -> None:
         self._boards = boards
         self._resolution_ms = resolution_ms
         self._used_ms: dict[Window, int] = {}
+        self.slides = 0
 
     def __iter__(self) -> Iterator[Window]:
         return iter(self._used_ms)
@@ -72,12 +76,17 @@ class StandingWindows:
         `between` is called on the way, when all but this window can be read.
         """
         start, end = bounds.start_ms // self._resolution_ms, bounds.end_ms // self._resolution_ms
+        moved = False
         for board in self._boards.values():
             if (sessions := board.sessions.get(window)) is not None:
+                before = sessions.end
                 board.move_sessions(sessions, end)
+                moved |= sessions.end != before
             span = board.spans.get(window)
             if span is not None and (span.start, span.end) != (start, end):
                 board.move_span(span, start, end, between)
+                moved = True
+        self.slides += moved
 
     def fold(self, window: Window) -> None:
         """Lets a window stand nowhere: where it lies cannot be cut any more. Moving it counts it anew."""

@@ -66,6 +66,7 @@ class ShardState:
         tiers: how fine the plays of each age are kept.
         standing: the windows kept up to date.
         pending_plays: plays admitted and not yet applied; they count against the largest total.
+        late_plays: plays applied since the start that came late; see engine/apply.py.
     """
 
     def __init__(self, settings: ClusterSettings, heap_size: int, tiers: Sequence[Tier] | None = None) -> None:
@@ -81,6 +82,7 @@ class ShardState:
         self.newest_event_ms = 0
         self.oldest_event_ms: int | None = None
         self.pending_plays = 0
+        self.late_plays = 0
         self.standing = StandingWindows(self.boards, settings.resolution_ms)
         self._song_slots: NDArray[np.int32] = np.empty(0, np.int32)
 
@@ -92,9 +94,20 @@ class ShardState:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all arrays."""
-        tables = self.songs.memory_bytes + self.charts.memory_bytes + self.pairs.memory_bytes
-        tables += self.ownership.image_bytes
-        return tables + self.producers.memory_bytes + sum(board.memory_bytes for board in self.boards.values())
+        return sum(self.memory_by_part().values())
+
+    def memory_by_part(self) -> dict[str, int]:
+        """Bytes of the arrays of each part. From any thread."""
+        parts = {
+            "names": self.songs.memory_bytes + self.charts.memory_bytes,
+            "pairs": self.pairs.memory_bytes,
+            "producers": self.producers.memory_bytes,
+            "images": self.ownership.image_bytes,
+        }
+        for board in self.boards.values():
+            for part, size in board.memory_by_part().items():
+                parts[part] = parts.get(part, 0) + size
+        return parts
 
     def own(self, slots: Iterable[int]) -> None:
         """Owns these slots from here on."""

@@ -24,6 +24,7 @@ from typing import Final, Never
 
 import grpc
 
+from topk_grpc import metrics
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import DeadlineError, InvalidArgumentError, ResourceExhaustedError, TopKError, UnavailableError
 from topk_grpc.kernels.encode import varint
@@ -100,6 +101,11 @@ class ShardLink:
         if shard.address != self._shard.address:
             self._shard = shard
             self._moved.set()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the parts that wait. From any thread."""
+        return self._waiting_bytes
 
     async def submit(self, part: Part) -> None:
         """Queues a part; waits only while too much waits already."""
@@ -229,6 +235,7 @@ class ShardLink:
 
     def _log_end(self, error: BaseException) -> None:
         failure = from_rpc_error(error) if isinstance(error, grpc.RpcError) else error
+        metrics.SHARD_UNANSWERED.labels(self._shard.shard_id).inc()
         known = isinstance(failure, TopKError)  # a shard that goes is an ordinary event, a defect needs its traceback
         log.warning(
             "shard_stream_ended",

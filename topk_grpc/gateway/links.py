@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from topk_grpc import metrics
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import UnavailableError
 from topk_grpc.gateway.link import ShardLink
@@ -26,6 +27,10 @@ class ShardLinks:
         self._links: dict[str, ShardLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self.follow(topology)
+        metrics.SHARD_PENDING_BYTES_MAX.read_from(lambda: settings.pending_bytes_max)
+        metrics.SHARD_PENDING_BYTES.read_from(
+            lambda: {shard_id: link.waiting_bytes for shard_id, link in list(self._links.items())}
+        )
 
     def follow(self, topology: Topology) -> None:
         """Opens links to shards that have joined, and closes those to shards that were removed."""
@@ -33,6 +38,7 @@ class ShardLinks:
             if shard.shard_id in self._links:
                 self._links[shard.shard_id].move(shard)
             else:
+                metrics.SHARD_UNANSWERED.labels(shard.shard_id)
                 self._links[shard.shard_id] = ShardLink(self._settings, self._channels, shard)
         for gone in self._links.keys() - {shard.shard_id for shard in topology.shards}:
             task = asyncio.create_task(self._links.pop(gone).close())

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, TypeVar
 
+from topk_grpc import metrics
 from topk_grpc.config import GatewaySettings
 from topk_grpc.engine.windows import bounds_of, is_final
 from topk_grpc.errors import InvalidArgumentError, WindowError
@@ -29,8 +30,10 @@ from topk_grpc.model import (
     GlobalWindow,
     RangeWindow,
     SessionWindow,
+    SlidingWindow,
     SongsAnswer,
     SongStanding,
+    TumblingWindow,
     Window,
 )
 from topk_grpc.pb.topk.v1 import query_pb2
@@ -41,6 +44,13 @@ T = TypeVar("T")
 
 SONGS_MAX: Final = 100
 NEIGHBOURS_MAX: Final = 100
+_KINDS: Final[Mapping[type[Window], str]] = {
+    GlobalWindow: "global",
+    TumblingWindow: "tumbling",
+    SlidingWindow: "sliding",
+    SessionWindow: "session",
+    RangeWindow: "range",
+}
 
 
 def _now_ms() -> int:
@@ -69,6 +79,8 @@ class Queries:
         self._resolution_ms = resolution_ms
         self._scatter = scatter
         self._clock = clock
+        for kind in _KINDS.values():
+            metrics.QUERY_SECONDS.labels(kind)
 
     async def _bounds(
         self, window: Window, as_of: int | Literal["latest"] | None, *, allow_partial: bool
@@ -123,13 +135,16 @@ class Queries:
             UnsupportedError: a session window, where songs are spread over shards.
             UnavailableError: a shard does not answer, and `allow_partial` is not set.
         """
+        began = time.perf_counter()
         if not 1 <= k <= self._settings.k_max:
             raise InvalidArgumentError(f"k is {k}: ask for 1 to {self._settings.k_max} entries")
         if isinstance(window, SessionWindow):
             self._scatter.partitioner.require_whole_songs("a session window")
         bounds = await self._bounds(window, as_of, allow_partial=allow_partial)
         scope = _scope(window, chart, bounds, live=as_of is None)
-        return await self._best(scope, k, bounds, allow_partial=allow_partial)
+        answer = await self._best(scope, k, bounds, allow_partial=allow_partial)
+        _count(answer.certificate, window, began)
+        return answer
 
     async def top_k_between(self, bounds: Bounds, k: int, chart: str, *, allow_partial: bool) -> Answer:
         """The k best of a span of history; `k` is the caller's to check.
@@ -179,6 +194,7 @@ class Queries:
             UnsupportedError: songs are spread over shards.
             UnavailableError: a shard does not answer, and `allow_partial` is not set.
         """
+        began = time.perf_counter()
         if not 1 <= len(song_ids) <= SONGS_MAX:
             raise InvalidArgumentError(f"{len(song_ids)} songs are asked for: ask for 1 to {SONGS_MAX} at once")
         if neighbours > NEIGHBOURS_MAX:
@@ -193,7 +209,9 @@ class Queries:
         places = _places(song_ids, counted)
         if not places:
             nothing = tuple(SongStanding(song_id, 0, None) for song_id in song_ids)
-            return SongsAnswer(bounds, self._certificate(counted, bounds), nothing)
+            certificate = self._certificate(counted, bounds)
+            _count(certificate, window, began)
+            return SongsAnswer(bounds, certificate, nothing)
         ranks = pb.QueryRanksRequest(
             scope=scope,
             places=[pb.Place(song_id=song_id, count=count) for song_id, count in places],
@@ -224,6 +242,7 @@ class Queries:
             else SongStanding(song_id, 0, None)
             for song_id in song_ids
         )
+        _count(certificate, window, began)
         return SongsAnswer(bounds, certificate, songs)
 
     async def charts(self, *, allow_partial: bool) -> tuple[Certificate, tuple[ChartSummary, ...]]:
@@ -244,7 +263,19 @@ class Queries:
         summaries = tuple(
             ChartSummary(chart, total, self._distinct_songs(songs[chart])) for chart, total in _ordered(plays.items())
         )
-        return self._certificate(gathered, None), summaries
+        certificate = self._certificate(gathered, None)
+        _count_partial(certificate)
+        return certificate, summaries
+
+
+def _count(certificate: Certificate, window: Window, began: float) -> None:
+    metrics.QUERY_SECONDS.labels(_KINDS[type(window)]).observe(time.perf_counter() - began)
+    _count_partial(certificate)
+
+
+def _count_partial(certificate: Certificate) -> None:
+    if not certificate.complete:
+        metrics.QUERIES_PARTIAL.inc()
 
 
 def _scope(window: Window, chart: str, bounds: Bounds | None, *, live: bool) -> pb.Scope:

@@ -8,13 +8,15 @@ topology, from the same bytes, until the time is up.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from topk_grpc import metrics
 from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import DeadlineError, InvalidArgumentError, ProducerExpiredError
 from topk_grpc.gateway.link import Part
@@ -34,6 +36,7 @@ from topk_grpc.rpc.access import caller
 
 PRODUCER_ID_BYTES_MAX = 128
 _REROUTE_SECONDS = (0.02, 0.16)
+_NUMBERS: Final = np.arange(1 << 16, dtype=np.int32)
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +51,7 @@ class _Batch:
         producer_id: whose it is.
         rejects: reason by index, so far.
         duplicate: whether any part had been counted by an earlier send.
+        began: the loop's time when it was in hand and might pass.
     """
 
     raw: bytes
@@ -57,6 +61,7 @@ class _Batch:
     producer_id: bytes
     rejects: dict[int, str] = field(default_factory=dict)
     duplicate: bool = False
+    began: float = 0.0
 
 
 class Recorder:
@@ -73,6 +78,8 @@ class Recorder:
         self._watch = watch
         self._links = links
         self._messages = reject_messages(settings)
+        for reason in self._messages:
+            metrics.PLAYS_REJECTED.labels(reason)
         self._turn = asyncio.Lock()
         self._rates = RateLimits(settings)
 
@@ -104,22 +111,26 @@ class Recorder:
             DeadlineError: a shard was too far behind for too long.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.record_seconds
+        began = loop.time()
         who = caller.get()
         async with self._turn:
             # One batch in each round of the event loop: a query waits for one, not for one of every stream.
             await asyncio.sleep(0)
             columns, batch = self._read(raw)
+            metrics.BATCHES_RECEIVED.inc()
+            metrics.PLAYS_RECEIVED.inc(batch.plays)
             if not self._rates.concern(who):
-                return await self._begin(columns, batch, deadline)
+                return await self._begin(columns, batch, began)
         if leave is None:
             self._rates.take(batch.producer_id, who, batch.plays)
         elif not await self._rates.wait(batch.producer_id, who, batch.plays, leave):
             return None
+        began = loop.time()
         async with self._turn:
-            return await self._begin(columns, batch, loop.time() + self._settings.record_seconds)
+            return await self._begin(columns, batch, began)
 
-    async def _begin(self, columns: PlayColumns, batch: _Batch, deadline: float) -> Coroutine[Any, Any, bytes]:
+    async def _begin(self, columns: PlayColumns, batch: _Batch, began: float) -> Coroutine[Any, Any, bytes]:
+        batch.began, deadline = began, began + self._settings.record_seconds
         routing = self._watch.current
         parts, stands_for = await self._send(batch, columns, routing, routing.owners, deadline)
         return self._finish(batch, parts, stands_for, deadline)
@@ -172,6 +183,8 @@ class Recorder:
         hashes = hash_strings(batch.raw, columns.song_starts, columns.song_sizes)
         keys = partitioner.slot_keys(hashes, batch.producer_id, batch.sequence, cluster.slots)
         split = split_batch(batch.raw, columns, hashes, keys, owners, len(topology.shards), cluster.resolution_ms)
+        alone = np.count_nonzero(split.stands_for == _NUMBERS[: len(split.stands_for)])
+        metrics.PLAYS_COMBINED.inc(split.plays - int(alone))
         loop = asyncio.get_running_loop()
         parts = []
         for shard, plays in zip(topology.shards, split.parts, strict=True):
@@ -209,6 +222,7 @@ class Recorder:
                             resent |= part.sends > 1
                             known &= self._watch.learn(part.shard_id, outcome.not_owner_slots, outcome.new_owners)
                     if not lost_slots:
+                        self._count(batch)
                         return self._acknowledge(batch)
                     # Two shards may name each other until both have heard what became of a move: not twice at once.
                     told = known and not told
@@ -244,6 +258,17 @@ class Recorder:
             plays = np.flatnonzero(np.isin(stands_for, list(reasons)))
             for play, index in zip(plays.tolist(), stands_for[plays].tolist(), strict=True):
                 batch.rejects[play] = SHARD_REASONS[reasons[index]]
+
+    @staticmethod
+    def _count(batch: _Batch) -> None:
+        metrics.ACK_SECONDS.observe(asyncio.get_running_loop().time() - batch.began)
+        if batch.duplicate:
+            metrics.BATCHES_DUPLICATE.inc()
+            metrics.PLAYS_DUPLICATE.inc(batch.plays)
+            return
+        metrics.PLAYS_ACCEPTED.inc(batch.plays - len(batch.rejects))
+        for reason, plays in Counter(batch.rejects.values()).items():
+            metrics.PLAYS_REJECTED.labels(reason).inc(plays)
 
     def _acknowledge(self, batch: _Batch) -> bytes:
         rejected = [

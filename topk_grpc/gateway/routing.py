@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from topk_grpc import metrics
 from topk_grpc.errors import TopKError, UnavailableError
 from topk_grpc.model import ShardInfo, Topology
 from topk_grpc.rpc import log
@@ -68,6 +69,8 @@ class RoutingWatch:
         self._store = store
         self._on_change = on_change
         self.current = Routing.of(topology)
+        metrics.TOPOLOGY_EPOCH.set(topology.epoch)
+        metrics.SHARDS.read_from(lambda: sum(1 for shard in self.current.topology.shards if shard.directory_id))
         self._changed = asyncio.Event()  # of the epoch after the current one
         self._reading: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._follow())
@@ -87,6 +90,7 @@ class RoutingWatch:
         """Goes by a topology that the store holds, unless a newer one is known."""
         if topology.epoch > self.current.topology.epoch:
             self.current = Routing.of(topology)
+            metrics.TOPOLOGY_EPOCH.set(topology.epoch)
             self._changed.set()
             self._changed = asyncio.Event()
             log.event("topology_changed", epoch=topology.epoch)

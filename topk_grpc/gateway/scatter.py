@@ -28,6 +28,7 @@ from topk_grpc.config import GatewaySettings
 from topk_grpc.errors import (
     DeadlineError,
     InvalidArgumentError,
+    NotReadyError,
     OutOfRangeError,
     ResourceExhaustedError,
     TopKError,
@@ -119,6 +120,8 @@ class ShardQueries:
             messages = await _messages(call(request, timeout=max(seconds, 0.001), metadata=metadata))
         except grpc.RpcError as error:
             failure = from_rpc_error(error)
+            if isinstance(failure, UnavailableError | DeadlineError | NotReadyError):
+                metrics.SHARD_UNANSWERED.labels(shard.shard_id).inc()
             if isinstance(failure, DeadlineError) and seconds >= self._settings.query_seconds / 2:
                 # The shard may be slow, or the connection dead without a word, which keepalive takes long to find out:
                 # a new connection is cheap.

@@ -46,7 +46,7 @@ async def serve(settings: GatewaySettings) -> None:
     Raises:
         TopKError: it cannot start; the message says why and what to do.
     """
-    startup.begin(settings, role="gateway")
+    startup.begin(settings, "gateway")
     stop = StopRequest().install(stdin=settings.exit_with_stdin, seconds=settings.stop_seconds)
     store = open_store(settings.topology, StoreAccess.of(settings))
     servers: list[grpc.aio.Server] = []

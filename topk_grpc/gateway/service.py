@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from topk_grpc import metrics
 from topk_grpc.config import GatewaySettings
 from topk_grpc.gateway.description import ClusterDescriber
 from topk_grpc.gateway.history import check_history, with_history
@@ -50,6 +51,8 @@ class TopKService(_Base):  # type: ignore[misc]
         self._describer = describer
         self._drain = drain
         self._hub = WatchHub(settings, queries, drain)
+        metrics.WATCHERS.read_from(lambda: self._hub.watchers)
+        metrics.WATCHED_QUERIES.read_from(lambda: self._hub.watched)
 
     async def close(self) -> None:
         """Ends what runs beside the calls; they have to have ended."""

@@ -79,6 +79,16 @@ class WatchHub:
         self._watchers: set[Watcher] = set()
         self._draining: asyncio.Task[None] | None = None
 
+    @property
+    def watchers(self) -> int:
+        """Streams that watch. From any thread."""
+        return len(self._watchers)
+
+    @property
+    def watched(self) -> int:
+        """Different queries that they watch. From any thread."""
+        return sum(1 for evaluation in list(self._evaluations.values()) if evaluation.watchers)
+
     async def follow(self, query: WatchQuery, resume_token: str) -> AsyncGenerator[pb.WatchTopKResponse, None]:
         """The steps of one stream: as many as it is read, from where the token says to the present, and on.
 

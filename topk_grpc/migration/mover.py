@@ -94,6 +94,8 @@ class Mover:
         self._away = _Away()
         self.longest_stall_seconds = 0.0
         self.moved = 0
+        for outcome in ("committed", "aborted"):
+            metrics.MIGRATIONS.labels(outcome)
 
     def end(self) -> None:
         """Lets `run` return when the move under way has come to its end: no further one begins."""

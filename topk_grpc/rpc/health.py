@@ -13,6 +13,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio
 
+from topk_grpc import metrics
+
 LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
 OVERALL: Final = ""
@@ -73,6 +75,7 @@ class Health:
     async def set(self, *, ready: bool) -> None:
         """Says whether the server wants calls."""
         self._ready = ready
+        metrics.READY.set(ready)
         for service in (READINESS, OVERALL):
             await self._servicer.set(service, _SERVING if ready else _NOT_SERVING)
 

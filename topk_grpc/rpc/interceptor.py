@@ -15,6 +15,7 @@ from typing import Any, Final, Never, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from topk_grpc import metrics
 from topk_grpc.errors import InvalidArgumentError, StorageError
 from topk_grpc.rpc import log, status
 
@@ -46,6 +47,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     Known errors become their status by the table of rpc/status.py. Unknown ones are faults of this program: they become
     INTERNAL with an id, and the id is logged with the traceback.
     """
+
+    def __init__(self) -> None:
+        for row in status.TABLE.values():
+            metrics.CALLS_FAILED.labels(row.reason)
 
     async def intercept_service(
         self,
@@ -118,15 +123,17 @@ def _guard(method: str, behaviour: Any, deserializer: Callable[[bytes], Any] | N
 
 
 async def _fail(method: str, context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> Never:
-    """Ends the call with the error's status, and logs what is the server's fault."""
+    """Ends the call with the error's status, counts it, and logs what is the server's fault."""
     if isinstance(error, NotImplementedError) and not error.__cause__:
         error = NotImplementedError(f"{method} is not offered by this server")
     error_id = ""
+    reason = status.status_of(error).reason
+    metrics.CALLS_FAILED.labels(reason).inc()
     if not status.is_known(error):
         error_id = uuid.uuid4().hex[:12]
         log.error("handler_failed", method=method, error_id=error_id, error=error)
     elif isinstance(error, StorageError):
-        log.warning("storage_failed", method=method, reason=status.status_of(error).reason, message=str(error))
+        log.warning("storage_failed", method=method, reason=reason, message=str(error))
     else:
-        log.debug("call_refused", method=method, reason=status.status_of(error).reason, message=str(error))
+        log.debug("call_refused", method=method, reason=reason, message=str(error))
     await status.abort(context, error, error_id)

@@ -68,6 +68,8 @@ class NativeLog:
 
     def __init__(self) -> None:
         self._handshakes = LimitedLog("tls_handshake_failed")
+        for reason in (*(reason for _, reason in _REASONS), "other"):
+            metrics.TLS_HANDSHAKES_FAILED.labels(reason)
         self._others = LimitedLog("native_message")
 
     def take(self, text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import grpc
 
 from topk_grpc import metrics
+from topk_grpc._version import VERSION
 from topk_grpc.config import ServerSettings, is_loopback
 from topk_grpc.kernels import compiled
 from topk_grpc.rpc import log, native_log, process
@@ -18,12 +19,13 @@ from topk_grpc.rpc.tls import server_credentials
 _QUIET: Final = {"ERROR", "NONE"}
 
 
-def begin(settings: ServerSettings, **common: Any) -> None:
+def begin(settings: ServerSettings, role: str, name: str = "") -> None:
     """Call it before anything that may log.
 
     Args:
         settings: the role's.
-        common: what each log line carries.
+        role: of the server; each log line carries it.
+        name: of a shard; the same.
 
     Raises:
         SettingError: a setting that cannot be used.
@@ -31,7 +33,8 @@ def begin(settings: ServerSettings, **common: Any) -> None:
     """
     if settings.tls_cert:
         native_log.capture()
-    log.configure(settings.log_level, **common)
+    common: dict[str, Any] = {"shard": name} if name else {}
+    log.configure(settings.log_level, role=role, **common)
     process.prepare()
     if not compiled():
         log.warning(
@@ -47,7 +50,8 @@ def begin(settings: ServerSettings, **common: Any) -> None:
         )
     if settings.metrics_port:
         host, _ = split_address(settings.listen)
-        metrics.serve(host, settings.metrics_port)
+        metrics.SERVER_INFO.labels(role, name, VERSION, "compiled" if compiled() else "uncompiled").set(1)
+        metrics.serve(host, settings.metrics_port, role)
 
 
 async def serve_health(settings: ServerSettings, health: Health) -> list[grpc.aio.Server]:

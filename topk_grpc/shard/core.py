@@ -31,6 +31,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
+from topk_grpc import metrics
 from topk_grpc.config import ShardSettings
 from topk_grpc.engine.admission import Admission, Limits, Request, admit, read_request
 from topk_grpc.engine.apply import apply, replay
@@ -56,7 +57,7 @@ from topk_grpc.errors import (
 from topk_grpc.model import Bounds, ClusterSettings, GlobalWindow, RangeWindow, SessionWindow, Window, parse_window
 from topk_grpc.pb.topk.v1 import shard_service_pb2 as pb
 from topk_grpc.ring.partitioners import partitioner_of
-from topk_grpc.storage import ADVICE, Block, DataDirectory, Files, Log, Recovery, Snapshot, recover
+from topk_grpc.storage import ADVICE, Block, DataDirectory, Files, Log, Record, Recovery, Snapshot, recover
 
 APPEND: Final = 1
 OWNED: Final = 2
@@ -159,6 +160,7 @@ class ShardCore:
         self._directory = DataDirectory.open(Path(settings.data_dir), files)
         self._log: Log | None = None
         self._recovery: Recovery | None = None
+        self._reading: Recovery | None = None
         self._snapshot_position = 0
         self._counted_position = 0
         self._sessions_due_ms = 0
@@ -185,6 +187,19 @@ class ShardCore:
     def snapshot_log_bytes(self) -> int:
         """Bytes of log since the last snapshot."""
         return self.position - self._snapshot_position
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes of the log that is kept."""
+        return self.position - self._open_log.first_position
+
+    @property
+    def recovered_ratio(self) -> float:
+        """How much of the log has been replayed, its last segment taken for full; 1 at the end. From any thread."""
+        if self._log is not None or self._reading is None:
+            return float(self._log is not None)
+        start, end = self._reading.span
+        return (self._counted_position - start) / (end - start) if end > start else 0.0
 
     @property
     def _open_log(self) -> Log:
@@ -215,7 +230,7 @@ class ShardCore:
         Raises:
             CorruptError, VersionError, ForeignDirectoryError: as for `recover`.
         """
-        recovery = recover(self._directory, self._settings.segment_bytes)
+        recovery = self._reading = recover(self._directory, self._settings.segment_bytes)
         if recovery.snapshot is not None:
             self._restore(recovery.snapshot)
         for record_type, payload, position in recovery.records():
@@ -384,7 +399,7 @@ class ShardCore:
             ).SerializeToString()
             for piece in pieces
         ]
-        self._open_log.append_group([(IMPORTED, [record]) for record in records])
+        self._append_group([(IMPORTED, [record]) for record in records])
         self._counted_position = self.position
         ownership.take_in(migration_id, slots, source, image)
 
@@ -572,13 +587,17 @@ class ShardCore:
 
     def _append_record(self, record_type: int, message: Message) -> None:
         """Makes a change durable that its caller then applies at once."""
-        self._open_log.append_group([(record_type, [message.SerializeToString()])])
+        self._append_group([(record_type, [message.SerializeToString()])])
         self._counted_position = self.position
 
     def _append(self, group: Sequence[Admission]) -> None:
         records = [(APPEND, admission.payload) for admission in group if admission.payload]
         if records:
-            self._open_log.append_group(records)
+            self._append_group(records)
+
+    def _append_group(self, records: Sequence[Record]) -> None:
+        self._open_log.append_group(records)
+        metrics.FDATASYNC_SECONDS.observe(self._open_log.sync_seconds)
 
     def _apply(self, group: Sequence[Admission], between: Callable[[], None] | None = None) -> None:
         for admission in group:

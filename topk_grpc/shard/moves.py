@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import grpc
 
+from topk_grpc import metrics
 from topk_grpc.config import ShardSettings
 from topk_grpc.engine.indexing import forget_indexes, unindexed, use_indexes
 from topk_grpc.engine.ownership import Held
@@ -234,6 +235,7 @@ class ShardMoves:
         """The newest topology seen."""
         if self._newest is None or topology.epoch > self._newest.epoch:
             self._newest = topology
+            metrics.TOPOLOGY_EPOCH.set(topology.epoch)
         return self._newest
 
     def _outcome(self, held: Held, topology: Topology) -> bool | None:

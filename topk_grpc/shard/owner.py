@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from topk_grpc import metrics
 from topk_grpc.config import ShardSettings
 from topk_grpc.engine.copies import Room
 from topk_grpc.errors import NotReadyError, ResourceExhaustedError, StorageError, WriteFailedError
@@ -72,6 +73,7 @@ class ShardOwner:
         self._snapshot_due = time.monotonic() + settings.snapshot_seconds
         self._expiry_due = time.monotonic() + _EXPIRY_SECONDS
         self._snapshot_not_before = 0.0
+        self._snapshot_at = time.monotonic()
         self._snapshotting = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -81,6 +83,23 @@ class ShardOwner:
         self._event_loop = asyncio.get_running_loop()
         self._loop_task = asyncio.create_task(self._run())
         self._loop_task.add_done_callback(self._loop_ended)
+
+    # --- For metrics, from any thread ---------------------------------------------------------------------------------
+
+    @property
+    def waiting_requests(self) -> int:
+        """Requests that wait for a group."""
+        return len(self._requests)
+
+    @property
+    def waiting_scans(self) -> int:
+        """Scanning queries that wait or run."""
+        return len(self._scans)
+
+    @property
+    def snapshot_age_seconds(self) -> float:
+        """Since the last snapshot was taken, or since the start while there was none."""
+        return time.monotonic() - self._snapshot_at
 
     # --- What others ask ----------------------------------------------------------------------------------------------
 
@@ -199,7 +218,10 @@ class ShardOwner:
             self.answer_short()
         self._core.write(group)
         with self._state:
-            return self._core.count(group, self.answer_short)
+            began = time.perf_counter()
+            answers = self._core.count(group, self.answer_short)
+        metrics.APPLY_SECONDS.observe(time.perf_counter() - began)
+        return answers
 
     def answer_short(self) -> None:
         """Answers the short queries that wait; for jobs on the writer's thread to call when the state can be read."""
@@ -234,6 +256,9 @@ class ShardOwner:
             group.append(self._requests.popleft())
             size += len(group[-1][0])
             self._room.release()
+        if group:
+            metrics.GROUP_REQUESTS.observe(len(group))
+            metrics.GROUP_BYTES.observe(size)
         return group
 
     def _fail(self, error: BaseException, group: list[tuple[bytes, asyncio.Future[bytes]]]) -> None:
@@ -309,14 +334,18 @@ class ShardOwner:
             await loop.run_in_executor(self._snapshots, self._core.clear_snapshot, pending, blocks)
         except StorageError as error:
             self._snapshot_not_before = time.monotonic() + _SNAPSHOT_AGAIN_SECONDS  # a full disk does not empty at once
+            metrics.SNAPSHOTS_FAILED.inc()
             log.warning("snapshot_failed", error=error)
             return
         finally:
             self._snapshotting = False
+        self._snapshot_at = begun
+        seconds = time.monotonic() - started
+        metrics.SNAPSHOT_SECONDS.observe(seconds)
         log.event(
             "snapshot_taken",
             position=pending.position,
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(seconds, 3),
             writes_held_seconds=round(copied - begun, 3),
         )
 

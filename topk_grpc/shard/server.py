@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
+from topk_grpc import metrics
 from topk_grpc.config import ShardSettings
 from topk_grpc.errors import TopKError, TopologyError
 from topk_grpc.migration.arrival import first_topology
@@ -26,6 +27,7 @@ from topk_grpc.rpc.server import (
     create_server,
 )
 from topk_grpc.rpc.shard_channels import ShardChannels
+from topk_grpc.shard import readings
 from topk_grpc.shard.core import Identity, ShardCore
 from topk_grpc.shard.moves import ShardMoves
 from topk_grpc.shard.owner import ShardOwner, now_ms
@@ -52,7 +54,7 @@ async def serve(settings: ShardSettings, files: Files | None = None) -> None:
     Raises:
         TopKError: it cannot start (the message says why and what to do), or its log failed.
     """
-    startup.begin(settings, role="shard", shard=settings.shard_id)
+    startup.begin(settings, "shard", settings.shard_id)
     stop = StopRequest().install(stdin=settings.exit_with_stdin, seconds=settings.stop_seconds)
     store = open_store(settings.topology, StoreAccess.of(settings))
     servers: list[grpc.aio.Server] = []
@@ -133,6 +135,7 @@ async def _serve_cluster(  # noqa: PLR0917
     check_slots(await patience.wait_for(store.read), settings.shard_id, core.state.ownership, settings.data_dir)
     core.configure(now_ms())
     owner = ShardOwner(core, settings)
+    readings.read_from(core, owner, settings)
     channels = ShardChannels(settings, topology.cluster_id, topology.secret)
     moves = ShardMoves(owner, store, channels, settings)
     service.open(owner, moves)
@@ -155,7 +158,8 @@ async def _recover(core: ShardCore, settings: ShardSettings, stop: StopRequest) 
     Until the last step recovery changes nothing on disk, and that one can be left in its middle.
     """
     started = time.monotonic()
-    with ThreadPoolExecutor(1, "recovery") as thread:
+    metrics.RECOVERY_RATIO.read_from(lambda: core.recovered_ratio)
+    with ThreadPoolExecutor(1, "recovery") as thread, metrics.RECOVERING.track_inprogress():
         recovering = asyncio.get_running_loop().run_in_executor(thread, core.recover)
         asked = asyncio.ensure_future(stop.wait())
         await asyncio.wait((recovering, asked), return_when=asyncio.FIRST_COMPLETED)
@@ -166,9 +170,9 @@ async def _recover(core: ShardCore, settings: ShardSettings, stop: StopRequest) 
         notes = recovering.result()
     for note in notes:
         log.warning("recovery_note", note=note, data_dir=settings.data_dir)
-    log.event(
-        "recovered", seconds=round(time.monotonic() - started, 3), position=core.position, songs=len(core.state.songs)
-    )
+    seconds = time.monotonic() - started
+    metrics.RECOVERY_SECONDS.set(seconds)
+    log.event("recovered", seconds=round(seconds, 3), position=core.position, songs=len(core.state.songs))
 
 
 async def _serve_until_stopped(

@@ -15,6 +15,7 @@ A `Log` belongs to one writer. Only `delete_before` may be called from another t
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,7 +39,11 @@ SEAL_BYTES: Final = GROUP_HEADER_BYTES
 
 
 class Log:
-    """The log of a data directory, open for appending. `Recovery.open_log` makes it."""
+    """The log of a data directory, open for appending. `Recovery.open_log` makes it.
+
+    Attributes:
+        sync_seconds: how long the fdatasync of the last group took.
+    """
 
     def __init__(
         self,
@@ -73,6 +78,12 @@ class Log:
         self._position = position
         self._sealed = sealed
         self._unusable: str | None = None
+        self.sync_seconds = 0.0
+
+    @property
+    def first_position(self) -> int:
+        """Where the oldest segment that is kept begins. From any thread."""
+        return self._segments[0]
 
     @property
     def position(self) -> int:
@@ -116,7 +127,9 @@ class Log:
             pieces, size = encode_group(records, self._position, self._header.salt)
         try:
             self._file.write(self._offset, pieces)
+            began = time.perf_counter()
             self._file.sync()
+            self.sync_seconds = time.perf_counter() - began
         except OSError as error:
             self._fail("a group could not be made durable", error)
         self._position += size

@@ -58,6 +58,12 @@ class Recovery:
                 str(directory.snapshots_path),
             )
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The positions that `records` reads: from where, and how far at the most."""
+        start = self.snapshot.position if self.snapshot else 0
+        return start, max(start, (self._segments or [0])[-1] + self._segment_bytes)
+
     def records(self) -> Iterator[tuple[int, memoryview, int]]:
         """Reads the log behind the snapshot, once.
 
