@@ -12,7 +12,6 @@ NEEDED: Final = frozenset(
         ("topk-gateway", "topk-shard", 50051),
         ("topk-controller", "topk-shard", 50051),
         ("topk-shard", "topk-shard", 50051),
-        ("topk-shard", "topk-gateway", 50050),
         ("topk-gateway", "topk-etcd", 2379),
         ("topk-controller", "topk-etcd", 2379),
         ("topk-shard", "topk-etcd", 2379),

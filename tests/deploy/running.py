@@ -14,12 +14,6 @@ from tests.deploy.rendered import REFERENCE, ROOT, Container, Manifest, Manifest
 from topk_grpc.cli.settings import ROLES
 from topk_grpc.config import describe
 
-ARRIVING_VARIABLES: Final = frozenset({"TOPK_DRAIN_DELAY_SECONDS"})
-"""Settings that manifests have before the servers do. A test fails as soon as one has come: take it out then."""
-
-ARRIVING_COMMANDS: Final = frozenset({"leave"})
-"""The same of commands."""
-
 DOCUMENT: Final = ROOT / "docs/kubernetes.md"
 
 
@@ -31,12 +25,10 @@ def settings_are_taken(manifests: Manifests) -> Iterator[str]:
         arguments = container.manifest.get("args", [])
         try:
             settings_of(arguments, container.environment)
-            known = variables_of(arguments) | ARRIVING_VARIABLES
+            known = variables_of(arguments)
         except UnusableError as error:
             yield f"{container.where}: {error}"
             continue
-        if _hooks(container):
-            known |= variables_of(["cluster", "drain"])  # how a client reaches a gateway
         for name in sorted(container.environment):
             if name.startswith("TOPK_") and name not in known:
                 yield f"{container.where}: {role_of(arguments)} has no setting {name}"
@@ -53,7 +45,7 @@ def hooks_can_run(manifests: Manifests) -> Iterator[str]:
         for program, *arguments in _hooks(container):
             if program != "topk":
                 yield f"{container.where}: {program} is not known to be in the image"
-            elif arguments[0] not in ARRIVING_COMMANDS:
+            else:
                 try:
                     parse(arguments, container.environment)
                 except UnusableError as error:
@@ -61,8 +53,6 @@ def hooks_can_run(manifests: Manifests) -> Iterator[str]:
             named = dict(zip(arguments[1::2], arguments[2::2], strict=False))
             if named.get("--statefulset") != container.workload["metadata"]["name"]:
                 yield f"{container.where}: the hook asks about another workload than its own"
-            if "--gateway" in named:
-                yield from _leads_nowhere(manifests, container, named["--gateway"])
 
 
 def variables_are_replaced(manifests: Manifests) -> Iterator[str]:
@@ -145,10 +135,7 @@ def files_are_mounted(manifests: Manifests) -> Iterator[str]:
 
 
 def _paths(container: Container) -> dict[str, str]:
-    named = {
-        "TOPK_TOKEN_FILE",
-        *(info.variable for role in ROLES.values() for info in describe(role) if info.unit == "path"),
-    }
+    named = {info.variable for role in ROLES.values() for info in describe(role) if info.unit == "path"}
     return {
         name: value
         for name, value in container.environment.items()

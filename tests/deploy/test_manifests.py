@@ -14,7 +14,6 @@ import kubernetes_validate
 import pytest
 
 from tests.deploy import hardening, network, running, wiring
-from tests.deploy.commands import UnusableError, find, variables_of
 from tests.deploy.rendered import OVERLAYS, Container, Manifest, Manifests, pod
 
 KUBERNETES: Final = tuple(f"1.{minor}" for minor in range(30, 38))
@@ -89,15 +88,6 @@ def test_etcd_knows_its_variables(overlay: str) -> None:
     changed = Manifests.of(overlay)
     _container(changed, "etcd")["env"].append({"name": "ETCD_INITIAL_CLUSTERS", "value": ""})
     assert list(running.etcd_knows_its_variables(changed)) != []
-
-
-def test_what_was_to_come_has_not_come_yet() -> None:
-    """Settings and commands that the checks take on trust: once they exist, they are checked like all others."""
-    come = running.ARRIVING_VARIABLES & variables_of(["gateway"])
-    assert not come, f"take {come} out of running.ARRIVING_VARIABLES"
-    for command in running.ARRIVING_COMMANDS:
-        with pytest.raises(UnusableError):
-            find([command])
 
 
 # --- What has to be different in production ---------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import pytest
 
 from tests.deploy.rendered import Manifests, pod
 from tests.deploy.secrets import make_secrets
-from topk_grpc.gateway.tokens import digest_of, parse_tokens
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +44,12 @@ def test_certificates_have_the_names_that_parts_are_reached_by(secrets: Path) ->
     shards, gateway = production.container("shard"), production.container("gateway")
     members = gateway.environment["TOPK_TOPOLOGY"].removeprefix("etcd://").partition("/")[0].split(",")
     peers = production.container("etcd").environment["ETCD_INITIAL_CLUSTER"].split(",")
-    hook = shards.manifest["lifecycle"]["preStop"]["exec"]["command"]
     assert len(members) == len(peers) == 3
     for address in members:
         assert _verifies(secrets, "etcd", address.partition(":")[0])
     for peer in peers:
         assert _verifies(secrets, "etcd", peer.partition("//")[2].partition(":")[0])
     assert _verifies(secrets, "shard", shards.environment["TOPK_ADVERTISE"].partition(":")[0])
-    for name in (hook[-1].partition(":")[0], "topk-gateway-headless", "topk-gateway.topk.svc.cluster.local"):
+    for name in ("topk-gateway", "topk-gateway-headless", "topk-gateway.topk.svc.cluster.local"):
         assert _verifies(secrets, "gateway", name)
     assert not _verifies(secrets, "controller", "topk-gateway")
-
-
-def test_shards_have_a_token_to_be_drained_with(secrets: Path) -> None:
-    tokens = parse_tokens((secrets / "topk-tokens/tokens.toml").read_bytes(), "tokens.toml")
-    held = tokens[digest_of((secrets / "topk-shard-token/token").read_text().strip())]
-    assert held.roles == {"admin"}
