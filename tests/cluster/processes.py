@@ -19,6 +19,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from topk_grpc.kernels import compiled
 from topk_grpc.pb.topk.v1 import query_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
@@ -26,7 +27,7 @@ from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # processes are started by exec
 
 TOPK: Final = (sys.executable, "-m", "topk_grpc")
-READY_SECONDS: Final = 40.0
+READY_SECONDS: Final = 40.0 if compiled() else 120.0
 """How long a cluster may take to answer on a machine that is busy with other things."""
 
 GLOBAL: Final = query_pb2.Window(**{"global": query_pb2.GlobalWindow()})  # type: ignore[arg-type]  # a keyword of Python

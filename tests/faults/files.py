@@ -176,9 +176,9 @@ class FaultyFiles(OsFiles):
 
     # --- Files --------------------------------------------------------------------------------------------------------
 
-    def map(self, path: Path) -> memoryview:
+    def map(self, path: Path, *, changing: bool = False) -> memoryview:
         self.strike("map", path)
-        return super().map(path)
+        return super().map(path, changing=changing)
 
     def create(self, path: Path, *, private: bool = False) -> WritableFile:
         self.strike("create", path)

@@ -29,7 +29,7 @@ class MemoryFiles:
     def __init__(self, content: dict[Path, bytes]) -> None:
         self.content = content
 
-    def map(self, path: Path) -> memoryview:
+    def map(self, path: Path, *, changing: bool = False) -> memoryview:
         return memoryview(self.content[path])
 
 

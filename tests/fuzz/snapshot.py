@@ -180,7 +180,7 @@ class FilesOf:
     def names(self, directory: Path) -> list[str]:
         return sorted({path.relative_to(directory).parts[0] for path in self.files if directory in path.parents})
 
-    def map(self, path: Path) -> memoryview:
+    def map(self, path: Path, *, changing: bool = False) -> memoryview:
         if path not in self.files:
             raise FileNotFoundError(path)
         return memoryview(self.files[path])

@@ -84,7 +84,7 @@ class SimulatedDisk:
         self._reading("names", directory)
         return sorted(self._directory(directory).entries)
 
-    def map(self, path: Path) -> memoryview:
+    def map(self, path: Path, *, changing: bool = False) -> memoryview:
         self._reading("map", path)
         return memoryview(bytes(self._inode(path).content))
 

@@ -101,3 +101,15 @@ def test_a_full_disk_is_survived_and_used_again_when_there_is_room(small_disk: P
     assert [bytes(payload) for _, payload, _ in recovery.records()] == payloads
     recovery.open_log().close()
     directory.close()
+
+
+def test_a_log_that_is_cut_by_its_shard_stays_readable(tmp_path: Path) -> None:
+    """Behind its groups a segment has room, which goes when the shard begins the next one."""
+    path = tmp_path / "segment"
+    file = OsFiles().create(path)
+    file.reserve(1 << 20)
+    file.write(0, [b"groups"])
+    data = OsFiles().map(path, changing=True)
+    file.truncate(6)
+    file.close()
+    assert (bytes(data[:6]), bytes(data[1 << 19 :])) == (b"groups", bytes(1 << 19))

@@ -108,7 +108,7 @@ def _copy_log(
     """The log from a position to its end; every group is checked."""
     files, path = directory.files, directory.log_path
     segments = list_segments(files, path)
-    replay = Replay(files, path, segments, start)
+    replay = Replay(files, path, segments, start, live=live)
     try:
         for _ in replay.records():
             pass
@@ -125,7 +125,7 @@ def _copy_log(
     begun = [first for first in segments if first <= start][-1:] + [first for first in segments if first > start]
     for first, end in zip(begun, [*begun[1:], tail.end], strict=True):
         try:
-            data = files.map(segment_path(path, first))
+            data = files.map(segment_path(path, first), changing=live)
         except FileNotFoundError as error:
             raise MovedOnError from error
         stored: Stored = archive.put(f"{name}/log/{first:020}.log", data[: end - first])

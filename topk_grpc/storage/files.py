@@ -59,8 +59,14 @@ class Files(Protocol):
     def names(self, directory: Path) -> list[str]:
         """What the directory holds, sorted."""
 
-    def map(self, path: Path) -> memoryview:
-        """The whole file, read-only; it stays readable after the file has been removed or replaced."""
+    def map(self, path: Path, *, changing: bool = False) -> memoryview:
+        """The whole file, read-only; it stays readable after the file has been removed or replaced.
+
+        Args:
+            path: of it.
+            changing: another process writes to it, and may cut it: its bytes are those of now. Without that, reading
+                what has been cut off ends the process.
+        """
 
     def create(self, path: Path, *, private: bool = False) -> WritableFile:
         """A new, empty file. One of that name is removed first, so that what is mapped of it stays whole.
@@ -107,12 +113,12 @@ class OsFiles:
         """See `Files.names`."""
         return sorted(path.name for path in directory.iterdir())
 
-    def map(self, path: Path) -> memoryview:
+    def map(self, path: Path, *, changing: bool = False) -> memoryview:
         """See `Files.map`. Small files are read: Python's mmap keeps a descriptor open for each map."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(descriptor).st_size
-            if size >= _MAP_BYTES_MIN:
+            if size >= _MAP_BYTES_MIN and not changing:
                 _read_through(descriptor)
                 return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ))
             with open(descriptor, "rb", closefd=False) as file:

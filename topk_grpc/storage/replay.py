@@ -61,7 +61,9 @@ class Replay:
         tail: known when the pass is over; None before.
     """
 
-    def __init__(self, files: Files, directory: Path, segments: Sequence[int], start: int) -> None:
+    def __init__(
+        self, files: Files, directory: Path, segments: Sequence[int], start: int, *, live: bool = False
+    ) -> None:
         """Nothing is read yet.
 
         Args:
@@ -69,12 +71,14 @@ class Replay:
             directory: where the segments are.
             segments: the first positions of all, ascending.
             start: the position to begin at, the end of a group or 0.
+            live: whether a shard writes to it meanwhile.
         """
         self.tail: Tail | None = None
         self._files = files
         self._directory = directory
         self._segments = segments
         self._start = start
+        self._live = live
 
     def records(self) -> Iterator[tuple[int, memoryview, int]]:
         """Type, payload and the position behind it, of each record.
@@ -93,7 +97,7 @@ class Replay:
 
     def _segment(self, first: int, next_first: int | None) -> Iterator[tuple[int, memoryview, int]]:
         path = segment_path(self._directory, first)
-        data = self._files.map(path)
+        data = self._files.map(path, changing=self._live)
         header = self._header(path, data, first)
         # Of a segment that has a successor we know where it ends; in the last one the groups end somewhere.
         end = len(data) if next_first is None else next_first - first

@@ -72,7 +72,7 @@ class View:
         """
         files, path = self._directory.files, self._directory.log_path
         segments = list_segments(files, path)
-        replay = Replay(files, path, segments, start)
+        replay = Replay(files, path, segments, start, live=self._live)
         try:
             for record_type, payload, position in replay.records():
                 if end is not None and position > end:
