@@ -92,14 +92,14 @@ class Reading(Collector):
 
     def __init__(self, row: Metric) -> None:
         self._row = row
-        self._source: Callable[[], float | Mapping[str, float]] | None = None
+        self._source: Callable[[], float | Mapping[str, float] | None] | None = None
 
-    def read_from(self, source: Callable[[], float | Mapping[str, float]]) -> None:
+    def read_from(self, source: Callable[[], float | Mapping[str, float] | None]) -> None:
         """Reads from here on.
 
         Args:
-            source: the value now or, of a metric with a label, the value for each of the label's. Called on the thread
-                of a scrape, while the server's own threads run.
+            source: the value now, None where it cannot be told; of a metric with a label the value for each of the
+                label's. Called on the thread of a scrape, while the server's own threads run.
         """
         self._source = source
 
@@ -108,11 +108,11 @@ class Reading(Collector):
         row = self._row
         kind = CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily
         family = kind(row.name, row.help, labels=row.labels)
-        value = {} if self._source is None else self._source()
+        value = None if self._source is None else self._source()
         if isinstance(value, Mapping):
             for label, one in value.items():
                 family.add_metric((label,), one)
-        else:
+        elif value is not None:
             family.add_metric((), value)
         return [family]
 

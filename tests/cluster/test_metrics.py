@@ -21,7 +21,7 @@ from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 
 pytestmark = pytest.mark.cluster
 
-SECONDS = 40.0
+SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +262,7 @@ def test_calls_of_gateways_are_let_in_and_others_refused(scraped: Scraped) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_moves_are_told_by_the_controller_that_leads(tmp_path: Path) -> None:
     with Scraped(tmp_path, shards=1, settings={"TOPK_SLOTS": "64", "TOPK_MOVE_SHARE": "1"}) as scraped:
         assert scraped.value("topk_controller_active", CONTROLLER) == 1

@@ -162,6 +162,9 @@ async def test_queues_can_be_read_while_the_writer_is_busy() -> None:
     await until(held.entered.is_set)
     waiting = [await owner.append(append_request([numbered(sequence)], sequence)) for sequence in (1, 2, 3)]
     assert value("topk_queue_requests") == 3
+    # The directory is on a simulated disk: what the real one says of it is nothing, and the rest is told all the same.
+    assert REGISTRY.get_sample_value("topk_disk_free_bytes") is None
+    assert REGISTRY.get_sample_value("topk_disk_bytes") is None
     assert value("topk_scans") == 1
     assert value("topk_scans_max") == settings.scan_queue_max
     before = value("topk_group_requests_sum"), value("topk_group_requests_count")

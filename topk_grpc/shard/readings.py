@@ -39,11 +39,14 @@ def read_from(core: ShardCore, owner: ShardOwner, settings: ShardSettings) -> No
     metrics.SNAPSHOT_LOG_BYTES_MAX.read_from(lambda: settings.snapshot_log_bytes)
     metrics.SNAPSHOT_AGE_SECONDS.read_from(lambda: owner.snapshot_age_seconds)
     metrics.SNAPSHOT_AGE_SECONDS_MAX.read_from(lambda: settings.snapshot_seconds)
-    metrics.DISK_FREE_BYTES.read_from(lambda: _disk(settings.data_dir)[0])
-    metrics.DISK_BYTES.read_from(lambda: _disk(settings.data_dir)[1])
+    metrics.DISK_FREE_BYTES.read_from(lambda: _disk_bytes(settings.data_dir, free=True))
+    metrics.DISK_BYTES.read_from(lambda: _disk_bytes(settings.data_dir, free=False))
 
 
-def _disk(data_dir: str) -> tuple[int, int]:
-    """Bytes that are free for this process, and all."""
-    told = os.statvfs(data_dir)
-    return told.f_bavail * told.f_frsize, told.f_blocks * told.f_frsize
+def _disk_bytes(data_dir: str, *, free: bool) -> int | None:
+    """The size of the file system, or what of it this process may still use; None where the disk does not say."""
+    try:
+        told = os.statvfs(data_dir)
+    except OSError:  # a disk that fails must not take the other metrics along
+        return None
+    return (told.f_bavail if free else told.f_blocks) * told.f_frsize
