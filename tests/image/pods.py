@@ -108,6 +108,7 @@ class Pods:
     def _options(self, each: Pod) -> Iterator[str]:
         said, limits = pod(each.workload)["securityContext"], each.container["resources"]["limits"]
         yield from ("--name", each.name, "--hostname", each.name, "--pull=never")
+        yield "--restart=on-failure"  # as a kubelet does: a gateway that starts before there is a topology ends
         yield from ("--network", self._network, "--ip", each.address)
         yield from (f"--user={said['runAsUser']}:{said['runAsGroup']}", f"--group-add={said['fsGroup']}")
         yield from ("--cap-drop=ALL", "--security-opt=no-new-privileges", "--read-only", "--read-only-tmpfs=false")
@@ -206,21 +207,24 @@ class Pods:
             found[name] = int(line.split()[1]) << 10
         return found
 
-    def client(self, *arguments: str, mount: Path | None = None, options: tuple[str, ...] = ()) -> tuple[int, str]:
+    def client(self, *arguments: str, options: tuple[str, ...] = ()) -> tuple[int, str]:
         """Runs a client command of the image as a pod beside the others.
+
+        Args:
+            arguments: of the command.
+            options: of podman.
 
         Returns:
             Its status, and what it printed on both of its outputs.
         """
         image = self.pods["topk-gateway-0"].container["image"]
-        volumes = [f"--volume={mount}:/plays:ro"] if mount else []
         command = [
             *("podman", "run", "--rm", "--pull=never", "--network", self._network, "--read-only", "--user=10001:10001"),
             *(f"--add-host={line}" for line in self._hosts),
-            *(*volumes, *options, "--env=TOPK_GATEWAY=topk-gateway:50050", image, *arguments),
+            *(*options, "--env=TOPK_GATEWAY=topk-gateway:50050", image, *arguments),
         ]
         script = 'out=$("$@" 2>&1); status=$?; printf "%s\\n%s" "$status" "$out"'
-        status, _, output = self._machine.run("bash", "-c", script, "client", *command, seconds=100).partition("\n")
+        status, _, output = self._machine.run("bash", "-c", script, "client", *command, seconds=300).partition("\n")
         return int(status), output
 
     def answer(self, *arguments: str, **options: Any) -> Any:
