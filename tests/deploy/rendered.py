@@ -116,11 +116,12 @@ class Manifests:
             if "valueFrom" in entry:
                 values[entry["name"]] = fields[entry["valueFrom"]["fieldRef"]["fieldPath"]]
             else:
-                values[entry["name"]] = _replaced(str(entry["value"]), values)
+                values[entry["name"]] = replaced(str(entry["value"]), values)
         return values
 
 
-def _replaced(value: str, known: Mapping[str, str]) -> str:
+def replaced(value: str, known: Mapping[str, str]) -> str:
+    """A value with each `$(NAME)` that is known in it replaced."""
     return REFERENCE.sub(lambda match: known.get(match[1], match[0]), value)
 
 

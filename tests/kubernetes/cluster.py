@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from tests.deploy.rendered import Manifest, Manifests, pod_labels
 from tests.kubernetes.api import KubernetesApi
-from tests.kubernetes.manifests import Identity, Manifests, Object, port_of, revision_of
-from tests.kubernetes.pods import Place, Pod
+from tests.kubernetes.pods import Place, Pod, revision_of
 
 NODE: Final = "node"
 _AGAIN_SECONDS: Final = 0.2
@@ -33,9 +33,9 @@ def hosts_of(manifests: Manifests, most: Mapping[str, int]) -> dict[str, list[st
     """
     hosts: dict[str, list[str]] = {}
     for workload in manifests.workloads():
-        name, labels = workload["metadata"]["name"], workload["spec"]["template"]["metadata"]["labels"]
+        name, labels = _name(workload), pod_labels(workload)
         count = most.get(name, workload["spec"].get("replicas", 1) + (workload["kind"] == "Deployment"))
-        services = list(manifests.services_of(labels))
+        services = [each for each in manifests.of_kind("Service") if each["spec"]["selector"].items() <= labels.items()]
         for number in range(count):
             pod = f"{name}-{number}"
             hosts[pod] = [
@@ -46,18 +46,18 @@ def hosts_of(manifests: Manifests, most: Mapping[str, int]) -> dict[str, list[st
             ]
     hosts[NODE] = [
         each
-        for service in manifests.every("Service")
+        for service in manifests.of_kind("Service")
         if service["spec"].get("clusterIP") != "None"
         for each in (_name(service), *_domains(_name(service), service))
     ]
     return hosts
 
 
-def _name(thing: Object) -> str:
+def _name(thing: Manifest) -> str:
     return str(thing["metadata"]["name"])
 
 
-def _domains(name: str, service: Object) -> list[str]:
+def _domains(name: str, service: Manifest) -> list[str]:
     namespace = service["metadata"]["namespace"]
     return [name, *(f"{name}.{namespace}{rest}" for rest in ("", ".svc", ".svc.cluster.local"))]
 
@@ -104,7 +104,7 @@ class Workload:
         gone: those that are no more.
     """
 
-    def __init__(self, machine: Machine, manifests: Manifests, wanted: Object) -> None:
+    def __init__(self, machine: Machine, manifests: Manifests, wanted: Manifest) -> None:
         self._machine = machine
         self._manifests = manifests
         self.wanted = wanted
@@ -133,7 +133,7 @@ class Workload:
             and all(pod.ready and pod.revision == revision for pod in self.pods.values())
         )
 
-    def apply(self, wanted: Object, manifests: Manifests) -> None:
+    def apply(self, wanted: Manifest, manifests: Manifests) -> None:
         """Another version of it; its number of replicas, which is scaled by others, stays."""
         self.wanted = copy.deepcopy(wanted) | {"spec": wanted["spec"] | {"replicas": self.replicas}}
         self._manifests = manifests
@@ -147,16 +147,9 @@ class Workload:
         self._end(host)
 
     def _make(self, host: str) -> None:
-        template = self.wanted["spec"]["template"]
-        identity = Identity(
-            host,
-            self.wanted["metadata"]["namespace"],
-            self._machine.addresses[host],
-            template["metadata"]["labels"],
-        )
         place = self._machine.place(host)
         place.scratch.mkdir(parents=True)
-        self.pods[host] = Pod(self.wanted, identity, revision_of(self.wanted), place, self._manifests)
+        self.pods[host] = Pod(host, self.wanted, place, self._manifests)
 
     def _end(self, host: str) -> None:
         pod = self.pods[host]
@@ -229,7 +222,7 @@ def _count(value: int | str, replicas: int) -> int:
 class ServiceProxy:
     """A Service with an address of the cluster: each connection goes to a pod that is ready."""
 
-    def __init__(self, service: Object, pods: Callable[[], Iterator[tuple[Pod, Object]]]) -> None:
+    def __init__(self, service: Manifest, pods: Callable[[], Iterator[Pod]]) -> None:
         self._selector = service["spec"]["selector"]
         self._ports = service["spec"]["ports"]
         self._pods = pods
@@ -240,18 +233,18 @@ class ServiceProxy:
         """Listens."""
         for port in self._ports:
 
-            def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: Object = port) -> None:
+            def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: Manifest = port) -> None:
                 task = asyncio.create_task(self._pass_on(reader, writer, port))
                 self._connections.add(task)
                 task.add_done_callback(self._connections.discard)
 
             self._servers.append(await asyncio.start_server(take, address, port["port"]))
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: Object) -> None:
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: Manifest) -> None:
         ends = [
-            (pod.identity.address, port_of(container, port.get("targetPort") or port["port"]))
-            for pod, container in self._pods()
-            if self._selector.items() <= pod.identity.labels.items() and pod.ready and not pod.terminating
+            (pod.address, pod.container.ports[port["targetPort"]])
+            for pod in self._pods()
+            if self._selector.items() <= pod.labels.items() and pod.ready and not pod.terminating
         ]
         try:
             if not ends:
@@ -292,7 +285,7 @@ class Kubernetes:
     _proxies: list[ServiceProxy] = field(default_factory=list)
 
     async def __aenter__(self) -> Kubernetes:
-        for service in self.manifests.every("Service"):
+        for service in self.manifests.of_kind("Service"):
             if service["spec"].get("clusterIP") != "None":
                 proxy = ServiceProxy(service, self._pods)
                 self._proxies.append(proxy)
@@ -305,7 +298,7 @@ class Kubernetes:
 
     def _allow(self) -> None:
         """What Roles let service accounts ask for."""
-        for role in self.manifests.every("Role"):
+        for role in self.manifests.of_kind("Role"):
             for rule in role["rules"]:
                 if "statefulsets" in rule["resources"] and "get" in rule["verbs"] and "apps" in rule["apiGroups"]:
                     self.machine.api.allowed.update(rule.get("resourceNames", ()))
@@ -313,10 +306,9 @@ class Kubernetes:
     def _tell_api(self, name: str) -> None:
         self.machine.api.sets[name] = self.workloads[name].wanted
 
-    def _pods(self) -> Iterator[tuple[Pod, Object]]:
+    def _pods(self) -> Iterator[Pod]:
         for workload in self.workloads.values():
-            (container,) = workload.wanted["spec"]["template"]["spec"]["containers"]
-            yield from ((pod, container) for pod in workload.pods.values())
+            yield from workload.pods.values()
 
     def apply(self, manifests: Manifests) -> None:
         """As `kubectl apply` of a newer version."""

@@ -12,6 +12,8 @@ are not kept, and network policies neither.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -28,7 +30,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.kubernetes.manifests import ROOT, Identity, Manifests, Object, environment_of, expanded, port_of
+from tests.deploy.rendered import ROOT, Container, Manifest, Manifests, pod, pod_labels, replaced, volumes_of
 
 PATH: Final = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
 SERVICE_ACCOUNT: Final = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -96,6 +98,9 @@ class Pod:
     Attributes:
         name: of the pod.
         revision: of its template.
+        container: with its environment.
+        labels: of the pod.
+        address: of the pod.
         ready: what its readiness probe said last, while it is not stopped.
         terminating: it was told to go.
         ended: how its process ended once it had been ready, in order; negative: by that signal. Before that it may end
@@ -105,13 +110,15 @@ class Pod:
         ready_seconds: how long it took to be ready for the first time.
     """
 
-    def __init__(self, workload: Object, identity: Identity, revision: str, place: Place, manifests: Manifests) -> None:
-        spec = workload["spec"]["template"]["spec"]
-        (self._container,) = spec["containers"]
-        if spec.get("initContainers"):
+    def __init__(self, name: str, workload: Manifest, place: Place, manifests: Manifests) -> None:
+        self._spec, self._workload = pod(workload), workload
+        if self._spec.get("initContainers"):
             raise ValueError("this runner knows no init containers")
-        self._spec, self._workload, self._manifests = spec, workload, manifests
-        self.name, self.identity, self.revision = identity.name, identity, revision
+        (container,) = self._spec["containers"]
+        number = int(name.rpartition("-")[2])
+        self.container = Container(workload, container, manifests.environment(workload, container, number))
+        self.name, self.labels, self.revision = name, pod_labels(workload), revision_of(workload)
+        self.address = place.address
         self._place = place
         self.ready = False
         self.terminating = False
@@ -127,18 +134,15 @@ class Pod:
     # --- The container ------------------------------------------------------------------------------------------------
 
     def _environment(self) -> dict[str, str]:
-        own = environment_of(self._container, self.identity, self._manifests)
-        return {"PATH": PATH, "HOME": "/", "HOSTNAME": self.name} | dict(self._place.api) | own
+        return {"PATH": PATH, "HOME": "/", "HOSTNAME": self.name, **self._place.api, **self.container.environment}
 
     def _command(self, environment: Mapping[str, str]) -> list[str]:
-        given = [self._container.get(part) for part in ("command", "args")]
-        command = given[0] or (list(image_of(self._container["image"]).entrypoint) if given[1] is not None else None)
-        if command is None:
-            raise ValueError(f"{self.name} says neither a command nor arguments")
-        return [expanded(word, environment) for word in [*command, *(given[1] or [])]]
+        manifest = self.container.manifest
+        command = manifest.get("command") or image_of(manifest["image"]).entrypoint
+        return [replaced(word, environment) for word in (*command, *manifest.get("args", []))]
 
     def _as_user(self, environment: Mapping[str, str], command: Sequence[str]) -> list[str]:
-        security = self._spec.get("securityContext", {}) | self._container.get("securityContext", {})
+        security = self._spec.get("securityContext", {}) | self.container.manifest.get("securityContext", {})
         user, group = str(security["runAsUser"]), str(security["runAsGroup"])
         become = ["setpriv", "--reuid", user, "--regid", group, "--groups", str(security.get("fsGroup", group))]
         become += ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
@@ -147,15 +151,16 @@ class Pod:
     def _mounts(self) -> list[tuple[Path, str, bool]]:
         """Directories, where they belong, and whether they are only to be read."""
         claims = {one["metadata"]["name"] for one in self._workload["spec"].get("volumeClaimTemplates", [])}
-        volumes = {one["name"]: one for one in self._spec.get("volumes", [])}
+        volumes = volumes_of(self._workload)
         owner = self._spec.get("securityContext", {}).get("fsGroup", 0)
         found = []
-        for mount in self._container.get("volumeMounts", []):
+        for mount in self.container.manifest.get("volumeMounts", []):
             name = mount["name"]
             source = self._place.volumes / f"{name}-{self.name}" if name in claims else self._place.scratch / name
             if not source.exists():
+                if name not in claims and "emptyDir" not in volumes[name]:
+                    raise ValueError(f"this runner does not know the volume {volumes[name]}")
                 source.mkdir(parents=True)
-                self._fill(source, {} if name in claims else volumes[name])
                 os.chown(source, 0, owner)
                 source.chmod(0o2775)
             found.append((source, mount["mountPath"], mount.get("readOnly", False)))
@@ -163,19 +168,13 @@ class Pod:
             found.append((self._place.account, SERVICE_ACCOUNT, True))
         return sorted(found, key=lambda one: one[1])
 
-    def _fill(self, folder: Path, volume: Mapping[str, Any]) -> None:
-        for key, kind, name in (("configMap", "ConfigMap", "name"), ("secret", "Secret", "secretName")):
-            if key in volume:
-                for file, content in self._manifests.values(kind, volume[key][name]).items():
-                    (folder / file).write_bytes(content)
-
     def _script(self, command: Sequence[str]) -> str:
         """What makes the pod's files, and becomes its command."""
         lines = [_ENTER]
         mounts = [*self._mounts(), (ROOT, str(ROOT), True)]  # last, as it may lie within another
         lines += [
             f"ln -sfn {target} {shlex.quote('.' + name)}"
-            for name, target in image_of(self._container["image"]).links.items()
+            for name, target in image_of(self.container.manifest["image"]).links.items()
         ]
         for source, target, read_only in mounts:
             # Resolved within: /var/run is a link, and must not lead to this machine's.
@@ -191,7 +190,7 @@ class Pod:
         lines += [f"chmod o+x {shlex.quote('.' + parent)}" for parent in parents]
         lines += [f"mount --rbind /{name} ./{name}" for name in ("proc", "dev", "sys")]
         lines.append(f"mount --bind {shlex.quote(str(self._place.hosts))} ./etc/hosts")
-        if (self._container.get("securityContext") or {}).get("readOnlyRootFilesystem"):
+        if (self.container.manifest.get("securityContext") or {}).get("readOnlyRootFilesystem"):
             lines.append("mount -o remount,ro .")
         return "\n".join([*lines, f"exec chroot . {shlex.join(command)}"])
 
@@ -247,15 +246,15 @@ class Pod:
 
     async def _probe(self) -> None:
         """Starts, then asks for readiness and liveness, each in its own time."""
-        if (startup := self._container.get("startupProbe")) is not None:
+        if (startup := self.container.manifest.get("startupProbe")) is not None:
             await self._until_failed(startup, done=True)
         await asyncio.gather(self._watch_readiness(), self._watch_liveness())
 
     async def _watch_liveness(self) -> None:
-        if (probe := self._container.get("livenessProbe")) is not None:
+        if (probe := self.container.manifest.get("livenessProbe")) is not None:
             await self._until_failed(probe)
 
-    async def _until_failed(self, probe: Object, *, done: bool = False) -> None:
+    async def _until_failed(self, probe: Manifest, *, done: bool = False) -> None:
         """Kills the container when the probe has failed too often; `done`: returns when it has passed once."""
         failed = 0
         await asyncio.sleep(probe.get("initialDelaySeconds", 0))
@@ -271,7 +270,7 @@ class Pod:
             await asyncio.sleep(probe.get("periodSeconds", 10))
 
     async def _watch_readiness(self) -> None:
-        probe = self._container["readinessProbe"]
+        probe = self.container.manifest["readinessProbe"]
         failed = 0
         await asyncio.sleep(probe.get("initialDelaySeconds", 0))
         while True:
@@ -286,7 +285,7 @@ class Pod:
                     self.ready = False
             await asyncio.sleep(probe.get("periodSeconds", 10))
 
-    async def _passes(self, probe: Object) -> bool:
+    async def _passes(self, probe: Manifest) -> bool:
         kinds: dict[str, Callable[[Any], Awaitable[bool]]] = {
             "grpc": self._passes_grpc, "httpGet": self._passes_http, "exec": self._passes_exec
         }  # fmt: skip
@@ -297,14 +296,14 @@ class Pod:
         except (OSError, TimeoutError, grpc.RpcError):
             return False
 
-    async def _passes_grpc(self, probe: Object) -> bool:
+    async def _passes_grpc(self, probe: Manifest) -> bool:
         async with grpc.aio.insecure_channel(f"{self._place.address}:{probe['port']}") as channel:
             request = health_pb2.HealthCheckRequest(service=probe.get("service", ""))
             answer = await health_pb2_grpc.HealthStub(channel).Check(request)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    async def _passes_http(self, probe: Object) -> bool:
-        reader, writer = await asyncio.open_connection(self._place.address, port_of(self._container, probe["port"]))
+    async def _passes_http(self, probe: Manifest) -> bool:
+        reader, writer = await asyncio.open_connection(self._place.address, self.container.ports[probe["port"]])
         try:
             writer.write(f"GET {probe['path']} HTTP/1.0\r\n\r\n".encode())
             status = int((await reader.readline()).split()[1])
@@ -314,7 +313,7 @@ class Pod:
             writer.close()
         return HTTPStatus.OK <= status < HTTPStatus.BAD_REQUEST
 
-    async def _passes_exec(self, probe: Object) -> bool:
+    async def _passes_exec(self, probe: Manifest) -> bool:
         return (await self.run_inside(probe["command"]))[0] == 0
 
     # --- Its end ------------------------------------------------------------------------------------------------------
@@ -347,7 +346,7 @@ class Pod:
         shutil.rmtree(self._place.scratch / "tmp", ignore_errors=True)
 
     async def _run_hook(self) -> None:
-        hook = self._container.get("lifecycle", {}).get("preStop")
+        hook = self.container.manifest.get("lifecycle", {}).get("preStop")
         if hook is None or self._process is None or self._process.returncode is not None:
             return
         if "sleep" in hook:
@@ -369,3 +368,9 @@ class Pod:
     def log_tail(self, lines: int = 30) -> str:
         """What it said last."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:]) if self._log.exists() else ""
+
+
+def revision_of(workload: Manifest) -> str:
+    """Changes when pods have to be made anew."""
+    template = json.dumps(workload["spec"]["template"], sort_keys=True)
+    return hashlib.sha256(template.encode()).hexdigest()[:10]

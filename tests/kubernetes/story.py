@@ -10,6 +10,7 @@ compared. One line of JSON says how it went.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import sys
 import time
@@ -19,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from tests.deploy.rendered import Manifests, pod
 from tests.kubernetes.api import KubernetesApi
 from tests.kubernetes.cluster import NODE, Kubernetes, Machine
-from tests.kubernetes.manifests import Manifests, Object
 from topk_grpc import TopKClient
 from topk_grpc.errors import TopKError, UnavailableError
 
@@ -37,12 +38,12 @@ PRODUCERS: Final = 2
 _PAUSE_SECONDS: Final = 0.02
 
 
-def described(root: Path, manifests: Sequence[Object], within: Mapping[str, Sequence[str]],
+def described(root: Path, rendered: str, within: Mapping[str, Sequence[str]],
               addresses: Mapping[str, str], hosts: Path) -> dict[str, Any]:  # fmt: skip
     """What the program is told."""
     return {
         "root": str(root),
-        "manifests": list(manifests),
+        "rendered": rendered,
         "within": {name: list(command) for name, command in within.items()},
         "addresses": dict(addresses),
         "hosts": str(hosts),
@@ -193,19 +194,19 @@ class Story:
 
 def _updated(manifests: Manifests) -> Manifests:
     """The next release: another tag of our image."""
-    changed = json.loads(json.dumps(manifests.objects))
-    for workload in Manifests(changed).workloads():
-        for container in workload["spec"]["template"]["spec"]["containers"]:
+    changed = copy.deepcopy(manifests)
+    for workload in changed.workloads():
+        for container in pod(workload)["containers"]:
             name, _, _ = container["image"].rpartition(":")
             if name.endswith("/topk-grpc"):
                 container["image"] = f"{name}:{NEW_TAG}"
-    return Manifests(changed)
+    return changed
 
 
 async def main(description: Mapping[str, Any]) -> dict[str, Any]:
     """Runs the story on the node."""
-    manifests = Manifests(description["manifests"])
-    gateway = manifests.get("Service", GATEWAYS)
+    manifests = Manifests(description["rendered"])
+    gateway = manifests.the("Service", GATEWAYS)
     namespace = gateway["metadata"]["namespace"]
     root, addresses = Path(description["root"]), description["addresses"]
     api = KubernetesApi(root / "api", namespace, addresses[NODE])

@@ -17,8 +17,8 @@ import pytest
 
 from tests.cluster.hosts import Network, why_not
 from tests.cluster.processes import environment
+from tests.deploy.rendered import KUBECTL, ROOT, Manifests, text_of
 from tests.kubernetes.cluster import NODE, hosts_of
-from tests.kubernetes.manifests import KUBECTL, OVERLAYS, ROOT, Manifests, render
 from tests.kubernetes.story import SHARDS, described
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -40,11 +40,11 @@ def why_no_pods() -> str:
 
 
 def run_story(tmp_path: Path, overlay: str) -> dict[str, Any]:
-    objects = render(OVERLAYS / overlay)
-    hosts = hosts_of(Manifests(objects), {SHARDS: SHARDS_MOST})
+    rendered = text_of(overlay)
+    hosts = hosts_of(Manifests(rendered), {SHARDS: SHARDS_MOST})
     with Network(list(hosts), hosts) as network:
         within = {name: network.within(name) for name in hosts}
-        description = described(tmp_path, objects, within, network.addresses, network.hosts_file(NODE))
+        description = described(tmp_path, rendered, within, network.addresses, network.hosts_file(NODE))
         (tmp_path / "story.json").write_text(json.dumps(description))
         command = [*network.within(NODE), sys.executable, "-m", "tests.kubernetes.story", str(tmp_path / "story.json")]
         done = subprocess.run(
