@@ -29,6 +29,8 @@ def settings_are_taken(manifests: Manifests) -> Iterator[str]:
         except UnusableError as error:
             yield f"{container.where}: {error}"
             continue
+        for _, command, *_ in _hooks(container):  # it has the same environment
+            known |= variables_of([command])
         for name in sorted(container.environment):
             if name.startswith("TOPK_") and name not in known:
                 yield f"{container.where}: {role_of(arguments)} has no setting {name}"
