@@ -127,7 +127,7 @@ $(STAMP): $(SOURCES)
 		echo "No C extension can be built here ($$reason): installing the kernels uncompiled," \
 			"exact but hundreds of times slower. Install gcc and Python's headers, then: make clean install"; \
 	fi; \
-	$(PIP) install --editable '.[dev,deploy,ingest,etcd]'; \
+	$(PIP) install --editable '.[dev,deploy,ingest,etcd,tracing]'; \
 	$(BIN)/topk --version; \
 	touch $@
 

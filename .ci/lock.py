@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("etcd",)
+EXTRAS = ("etcd", "tracing")
 """What servers need besides on a cluster."""
 
 

@@ -156,6 +156,7 @@ class ServerSettings(StoreSettings):
     health_port: int = setting(0, "port", "Also answer grpc.health.v1 alone, in plaintext, on this port of the listen address; 0: only on the main port.", 0, 65535)
     message_bytes_max: int = setting(8 << 20, "bytes", "The largest gRPC message taken; a larger one is refused with RESOURCE_EXHAUSTED. Must fit batch_plays_max plays.", 1 << 16, 1 << 30)
     metrics_port: int = setting(0, "port", "Serve metrics for Prometheus, in plaintext, at /metrics on this port of the listen address; 0: none. `topk up` gives it to the gateway, the next port to the controller, and those after it to the shards.", 0, 65535)
+    tracing: bool = setting(False, "", "Send OpenTelemetry's traces of unary calls, by gRPC as OTLP, to where OTEL_EXPORTER_OTLP_ENDPOINT says (http://localhost:4317); all OTEL_… variables of its SDK hold. Needs the extra `tracing`.")
     tls_cert: str = setting("", "path", "A PEM file with this server's certificate and what lies between it and its CA. With it the server speaks TLS. Read anew when it changes.")
     tls_key: str = setting("", "path", "A PEM file with the private key of --tls-cert, without a passphrase.")
     tls_ca: str = setting("", "path", "A PEM file with the CA of the cluster's own certificates. A shard with --tls-cert takes calls only from holders of a certificate signed by it; a gateway then speaks TLS with its shards, and trusts no other CA for them.")

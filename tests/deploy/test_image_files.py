@@ -18,7 +18,8 @@ from tests.deploy.rendered import ROOT, text_of
 from topk_grpc._version import VERSION
 
 PYPROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SERVERS: Final = [*PYPROJECT["project"]["dependencies"], *PYPROJECT["project"]["optional-dependencies"]["etcd"]]
+EXTRAS: Final = PYPROJECT["project"]["optional-dependencies"]
+SERVERS: Final = [*PYPROJECT["project"]["dependencies"], *EXTRAS["etcd"], *EXTRAS["tracing"]]
 BUILD: Final = PYPROJECT["build-system"]["requires"]
 LOCKS: Final = [("requirements.lock", SERVERS), ("build-requirements.lock", BUILD)]
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import grpc
 
 from topk_grpc.errors import SettingError
+from topk_grpc.rpc.tracing import client_interceptors
 
 MESSAGE_BYTES_MAX: Final = 64 << 20
 """The largest answer taken, bytes."""
@@ -132,5 +133,9 @@ def open_channel(
     }
     chosen.update(options)
     if credentials is not None:
-        return grpc.aio.secure_channel(target_of(target), credentials, options=list(chosen.items()))
-    return grpc.aio.insecure_channel(target_of(target), options=list(chosen.items()))
+        return grpc.aio.secure_channel(
+            target_of(target), credentials, options=list(chosen.items()), interceptors=client_interceptors()
+        )
+    return grpc.aio.insecure_channel(
+        target_of(target), options=list(chosen.items()), interceptors=client_interceptors()
+    )

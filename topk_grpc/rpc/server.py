@@ -16,6 +16,7 @@ import grpc
 from grpc_reflection.v1alpha import reflection
 
 from topk_grpc.errors import AddressInUseError, SettingError
+from topk_grpc.rpc import tracing
 from topk_grpc.rpc.health import Health
 from topk_grpc.rpc.interceptor import ErrorInterceptor, parse
 from topk_grpc.rpc.lifecycle import StopRequest, graceful_stop, serve_until_stopped
@@ -92,7 +93,7 @@ def create_server(
         patience: with connections.
     """
     return grpc.aio.server(
-        interceptors=[ErrorInterceptor(), *([] if access is None else [access])],
+        interceptors=[*tracing.server_interceptors(), ErrorInterceptor(), *([] if access is None else [access])],
         maximum_concurrent_rpcs=concurrent_calls_max,
         options=[
             ("grpc.so_reuseport", 0),  # on, a second server would bind a used port without a word

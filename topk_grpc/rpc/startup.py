@@ -1,4 +1,4 @@
-"""What every server does first: its log, its certificates, its metrics."""
+"""What every server does first: its log, its traces, its certificates, its metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from topk_grpc import metrics
 from topk_grpc._version import VERSION
 from topk_grpc.config import ServerSettings, is_loopback
 from topk_grpc.kernels import compiled
-from topk_grpc.rpc import log, native_log, process
+from topk_grpc.rpc import log, native_log, process, tracing
 from topk_grpc.rpc.health import Health
 from topk_grpc.rpc.server import split_address, start_health_server
 from topk_grpc.rpc.tls import server_credentials
@@ -28,13 +28,15 @@ def begin(settings: ServerSettings, role: str, name: str = "") -> None:
         name: of a shard; the same.
 
     Raises:
-        SettingError: a setting that cannot be used.
+        SettingError: a setting that cannot be used, or an extra that it needs is not installed.
         AddressInUseError: the port for metrics is taken.
     """
     if settings.tls_cert:
         native_log.capture()
     common: dict[str, Any] = {"shard": name} if name else {}
     log.configure(settings.log_level, role=role, **common)
+    if settings.tracing:
+        tracing.start(role, name)
     process.prepare()
     if not compiled():
         log.warning(

@@ -213,7 +213,10 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     Raises:
         grpc.aio.AbortError: always; leave it to gRPC.
     """
-    await context.abort_with_status(status_of(error, error_id).to_grpc())
+    status = status_of(error, error_id).to_grpc()
+    context.set_code(status.code)  # for interceptors that know no rich status, as those of traces
+    context.set_details(status.details)
+    await context.abort_with_status(status)
 
 
 # --- The client's side ------------------------------------------------------------------------------------------------
