@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -11,8 +12,14 @@ from typing import Any, Final
 
 from tests.deploy.commands import UnusableError, parse, role_of, settings_of, variables_of
 from tests.deploy.rendered import REFERENCE, ROOT, Container, Manifest, Manifests, label, pod
+from topk_grpc import TopKClient
 from topk_grpc.cli.settings import ROLES
 from topk_grpc.config import describe
+from topk_grpc.rpc.channels import SERVICE_CONFIG
+
+CLIENT_ATTEMPTS: Final = int(SERVICE_CONFIG["methodConfig"][0]["retryPolicy"]["maxAttempts"])
+CLIENT_PAUSES_SECONDS: Final = 3
+CLIENT_SECONDS: Final = float(inspect.signature(TopKClient).parameters["deadline_seconds"].default)
 
 DOCUMENT: Final = ROOT / "docs/kubernetes.md"
 
@@ -180,6 +187,19 @@ def grace_outlasts_the_stop(manifests: Manifests) -> Iterator[str]:
             yield f"{container.where}: drains for as long as it may take to stop"
         if _hooks(container) and grace < 1800:
             yield f"{container.where}: no time to move its slots before it leaves"
+
+
+def missing_shards_are_named_in_time(manifests: Manifests) -> Iterator[str]:
+    """A client that has asked as often as it does by itself still has time to hear which shard is missing."""
+    for container in manifests.containers():
+        if container.manifest["name"] != "gateway":
+            continue
+        try:
+            settings = settings_of(container.manifest.get("args", []), container.environment)
+        except UnusableError:
+            continue  # said above
+        if CLIENT_ATTEMPTS * settings.query_seconds + CLIENT_PAUSES_SECONDS >= CLIENT_SECONDS:
+            yield f"{container.where}: clients give up before {CLIENT_ATTEMPTS} times {settings.query_seconds:g} s"
 
 
 def etcd_knows_its_variables(manifests: Manifests) -> Iterator[str]:
