@@ -151,7 +151,7 @@ class LeaveSettings(StoreSettings):
 class ServerSettings(StoreSettings):
     """What every server has."""
 
-    topology_wait_seconds: float = setting(600.0, "s", "How long a start waits for a topology store that does not answer, not ready meanwhile; then it fails. A server that runs goes on without the store for as long as it is away.", 0, 86_400 * 7)
+    topology_wait_seconds: float = setting(600.0, "s", "How long a start waits for a topology store that does not answer, and a gateway for a topology that is not there yet, not ready meanwhile; then it fails. A server that runs goes on without the store for as long as it is away.", 0, 86_400 * 7)
     listen: str = setting("127.0.0.1:0", "HOST:PORT", "Where to serve gRPC; port 0 takes a free one. A port in use is an error at once.")
     health_port: int = setting(0, "port", "Also answer grpc.health.v1 alone, in plaintext, on this port of the listen address; 0: only on the main port.", 0, 65535)
     message_bytes_max: int = setting(8 << 20, "bytes", "The largest gRPC message taken; a larger one is refused with RESOURCE_EXHAUSTED. Must fit batch_plays_max plays.", 1 << 16, 1 << 30)

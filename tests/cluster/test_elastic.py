@@ -281,8 +281,9 @@ def roles(tmp_path: Path) -> Iterator[Roles]:
 
 def test_roles_find_together_in_any_order_and_the_next_controller_takes_over(roles: Roles) -> None:
     shards = {name: roles.shard(name, "--join") for name in ("node-0", "node-1")}
-    for shard in shards.values():
-        wait_for(partial(shard.event, "topology_awaited"), READY_SECONDS, "a shard waits for the topology")
+    entrance = roles.start("gateway", "gateway", "--listen", "127.0.0.1:0")
+    for server in (*shards.values(), entrance):
+        wait_for(partial(server.event, "topology_awaited"), READY_SECONDS, "it waits for the topology")
     first = roles.start("c0", "controller", "--create-shards", "2", "--shard-prefix", "node-", "--slots", "128")
     first.wait_ready()
     created = first.event("topology_created")
@@ -293,7 +294,7 @@ def test_roles_find_together_in_any_order_and_the_next_controller_takes_over(rol
     wait_for(lambda: first.event("leading"), READY_SECONDS, "the first controller leads")
     second = roles.start("c1", "controller", "--create-shards", "2", "--move-share", "1")
     second.wait_ready()
-    gateway = roles.start("gateway", "gateway", "--listen", "127.0.0.1:0").wait_ready()
+    gateway = entrance.wait_ready()
     assert slots_of(gateway) == {"node-0": 64, "node-1": 64}
 
     joined = roles.shard("node-2", "--join")

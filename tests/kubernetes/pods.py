@@ -103,8 +103,7 @@ class Pod:
         address: of the pod.
         ready: what its readiness probe said last, while it is not stopped.
         terminating: it was told to go.
-        ended: how its process ended once it had been ready, in order; negative: by that signal. Before that it may end
-            and be started again: a gateway does where there is no topology yet.
+        ended: how its process ended, in order; negative: by that signal.
         killed: the grace period was not enough.
         hooks_failed: how often.
         ready_seconds: how long it took to be ready for the first time.
@@ -203,8 +202,7 @@ class Pod:
             assert self._process is not None
             status = await self._process.wait()
             self._note(f"ended with {status}")
-            if self.ready_seconds is not None:
-                self.ended.append(status)
+            self.ended.append(status)
             self.ready = False
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)

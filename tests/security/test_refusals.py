@@ -231,7 +231,7 @@ def test_plaintext_for_other_machines_has_to_be_said(tmp_path: Any, arguments: t
     assert "--plaintext" in done.stderr
     assert not (tmp_path / "data").exists()
     if command[0] != "up":  # with it, the next thing to be missed is the topology
-        done = run_topk(*command, "--plaintext")
+        done = run_topk(*command, "--plaintext", "--topology-wait-seconds", "0")
         assert done.returncode == 1
         assert "no topology" in done.stderr
 

@@ -65,7 +65,7 @@ async def _serve(
 ) -> None:
     health = Health()
     servers += await startup.serve_health(settings, health)
-    topology = await StorePatience(settings.topology_wait_seconds, stop).wait_for(store.read)
+    topology = await StorePatience(settings.topology_wait_seconds, stop).wait_for(store.read, made=False)
     partitioner_of(topology.settings.partitioner)  # one that this release does not know is an error here
     gate = TokenGate(settings.tokens_file) if settings.tokens_file else None
     access = AccessInterceptor(gate) if gate is not None else None

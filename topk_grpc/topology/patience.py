@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-from topk_grpc.errors import UnavailableError
+from topk_grpc.errors import TopologyError, UnavailableError
 from topk_grpc.rpc import log
 from topk_grpc.rpc.lifecycle import StopRequest
 
@@ -30,14 +30,15 @@ class StorePatience:
         self._seconds = seconds
         self._stop = stop
 
-    async def wait_for(self, ask: Callable[[], Awaitable[T]]) -> T:
+    async def wait_for(self, ask: Callable[[], Awaitable[T]], *, made: bool = True) -> T:
         """Asks until the store answers.
 
         Args:
             ask: may be asked twice, whatever became of the first time.
+            made: there has to be a topology already; else somebody may make it while this waits.
 
         Raises:
-            UnavailableError: the time is over.
+            UnavailableError, TopologyError: the time is over.
             TopKError: what the store answers.
         """
         loop = asyncio.get_running_loop()
@@ -46,13 +47,16 @@ class StorePatience:
         while True:
             try:
                 return await ask()
-            except UnavailableError as error:
+            except (UnavailableError, TopologyError) as error:
                 left = deadline - loop.time()
+                if isinstance(error, TopologyError) and (made or left <= 0):
+                    raise
                 if left <= 0:
                     raise UnavailableError(
                         f"the topology store was waited for {self._seconds:g} s (--topology-wait-seconds): {error}"
                     ) from error
-                log.warning("waiting_for_topology_store", reason=str(error), seconds_left=round(left, 1))
+                event = "topology_awaited" if isinstance(error, TopologyError) else "waiting_for_topology_store"
+                log.warning(event, reason=str(error), seconds_left=round(left, 1))
             await self._sleep(min(again, left))
             again = min(again_max, 2 * again)
 
