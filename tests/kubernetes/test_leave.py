@@ -133,10 +133,27 @@ async def test_a_set_that_is_scaled_up_again_keeps_its_shard(
     assert state_of(await store.read(), f"{SET}-3") == "active"
 
 
-async def test_the_last_shards_cannot_drain_and_lose_nothing(
+async def test_a_set_that_stops_as_a_whole_keeps_everything(
     store: TopologyStore, api: KubernetesApi, tmp_path: Path
 ) -> None:
     api.sets[SET] = {"spec": {"replicas": 0}}
+    before = await store.read()
+    for status, said in await asyncio.gather(
+        *[(await Leaving.start(f"{SET}-{number}", api, tmp_path)).end() for number in range(2)]
+    ):
+        assert status == 0, said
+        assert "stops with all others" in said
+    assert await store.read() == before
+
+
+async def test_the_last_shards_cannot_drain_and_lose_nothing(
+    store: TopologyStore, api: KubernetesApi, tmp_path: Path
+) -> None:
+    """Those that are to stay have never started."""
+    api.sets[SET] = {"spec": {"replicas": 2}}
+    started = await store.read()
+    shards = tuple(shard if shard.shard_id[-1] in "23" else ShardInfo(shard.shard_id) for shard in started.shards)
+    await store.compare_and_set(replace(started, shards=shards, epoch=started.epoch + 1))
     before = await store.read()
     status, said = await (await Leaving.start(f"{SET}-3", api, tmp_path)).end()
     assert (status, await store.read()) == (1, before)
@@ -157,7 +174,7 @@ async def test_the_last_shards_cannot_drain_and_lose_nothing(
 async def test_a_hook_that_cannot_know_does_nothing_and_says_why(
     store: TopologyStore, api: KubernetesApi, tmp_path: Path, variables: dict[str, str], wrong: str
 ) -> None:
-    api.sets[SET] = {"spec": {"replicas": 0}}
+    api.sets[SET] = {"spec": {"replicas": 1}}
     before = await store.read()
     status, said = await (await Leaving.start(f"{SET}-3", api, tmp_path, **variables)).end()
     assert (status, await store.read()) == (1, before), said
@@ -166,7 +183,7 @@ async def test_a_hook_that_cannot_know_does_nothing_and_says_why(
 
 
 async def test_a_token_or_a_role_that_is_not_enough(store: TopologyStore, api: KubernetesApi, tmp_path: Path) -> None:
-    api.sets[SET] = {"spec": {"replicas": 0}}
+    api.sets[SET] = {"spec": {"replicas": 1}}
     api.allowed.clear()
     status, said = await (await Leaving.start(f"{SET}-3", api, tmp_path)).end()
     assert (status, "403" in said, "Role" in said) == (1, True, True), said

@@ -3,7 +3,7 @@
 A pod is stopped alike when it is to be back in a moment and when its StatefulSet has been scaled down. What tells them
 apart is the set's number of replicas: a pod whose ordinal they do not reach is not made again. Its shard, which serves
 on while the hook runs, is drained and then taken out of the topology; any other one is left alone. So is one whose set
-is deleted as a whole: replicas stay what they were, and so do the volumes.
+is scaled to 0, or deleted as a whole: all stop, nobody could take their slots, and the volumes stay.
 
 All shards that are going are drained by one plan, so that no slot moves to one of them. If the set is scaled up again
 meanwhile, they are kept after all. Nothing is lost where the hook fails or runs out of time: the shard's plays wait on
@@ -48,8 +48,10 @@ async def _leave(settings: LeaveSettings) -> None:
             f"{settings.shard_id} is no pod of the StatefulSet {pods.name}, whose pods are {pods.name}-0 and on"
             " (--shard-id, --statefulset)"
         )
-    if ordinal in await _ordinals(pods, settings.kubernetes_wait_seconds):
-        _say(f"{settings.shard_id} is to be back: it keeps its slots")
+    ordinals = await _ordinals(pods, settings.kubernetes_wait_seconds)
+    if ordinal in ordinals or not ordinals:
+        why = "is to be back" if ordinals else "stops with all others"
+        _say(f"{settings.shard_id} {why}: it keeps its slots")
         return
     store = open_store(settings.topology, StoreAccess.of(settings))
     try:
