@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any, Final
 
@@ -72,15 +73,17 @@ def variables_are_replaced(manifests: Manifests) -> Iterator[str]:
                 yield f"{container.where}: {name} refers to what is not set before it: {value}"
 
 
+def _servers(manifests: Manifests) -> Iterator[tuple[Container, Any]]:
+    """Our containers with their settings; one that would not start is left to `settings_are_taken`."""
+    for container in manifests.containers():
+        if container.is_topk:
+            with suppress(UnusableError):
+                yield container, settings_of(container.manifest.get("args", []), container.environment)
+
+
 def settings_agree_with_manifests(manifests: Manifests) -> Iterator[str]:
     """Ports, addresses and names that settings state are those of containers, Services and workloads."""
-    for container in manifests.containers():
-        if not container.is_topk:
-            continue
-        try:
-            settings = settings_of(container.manifest.get("args", []), container.environment)
-        except UnusableError:
-            continue  # said above
+    for container, settings in _servers(manifests):
         listened = int(settings.listen.rpartition(":")[2])
         told = {"grpc": listened, "health": settings.health_port, "metrics": settings.metrics_port}
         if told != container.ports:
@@ -172,13 +175,7 @@ def secret_is_documented(document: str, name: str, key: str) -> bool:
 
 def grace_outlasts_the_stop(manifests: Manifests) -> Iterator[str]:
     """A pod is killed only after its server has had all the time that its settings give it."""
-    for container in manifests.containers():
-        if not container.is_topk:
-            continue
-        try:
-            settings = settings_of(container.manifest.get("args", []), container.environment)
-        except UnusableError:
-            continue  # said above
+    for container, settings in _servers(manifests):
         delay = float(container.environment.get("TOPK_DRAIN_DELAY_SECONDS", 0))
         grace = pod(container.workload).get("terminationGracePeriodSeconds", 30)
         if grace < delay + settings.stop_seconds + 5:
