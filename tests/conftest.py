@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+
+# Processes are started by exec. gRPC reads this when it is imported, as `topk` has it too: with its preparations for
+# fork, a child that is forked while gRPC's own threads run may abort before it gets to exec.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 def pytest_configure() -> None:

@@ -24,8 +24,6 @@ from topk_grpc.pb.topk.v1 import query_pb2
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # processes are started by exec
-
 TOPK: Final = (sys.executable, "-m", "topk_grpc")
 READY_SECONDS: Final = 40.0 if compiled() else 120.0
 """How long a cluster may take to answer on a machine that is busy with other things."""
