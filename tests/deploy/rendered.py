@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +27,29 @@ CLUSTER_WIDE: Final = ("Namespace",)
 
 
 @functools.cache
-def text_of(overlay: str) -> str:
-    """What would be applied."""
-    directory = ROOT / "deploy/kubernetes/overlays" / overlay
+def text_of(overlay: str, *components: str) -> str:
+    """What would be applied; with components added as they say."""
+    with tempfile.TemporaryDirectory() as folder:
+        return kustomized(copied(Path(folder), overlay, *components))
+
+
+def copied(folder: Path, overlay: str, *components: str) -> Path:
+    """Copies deploy/kubernetes below a folder, to change it.
+
+    Returns:
+        The overlay's directory there. Components are added to it.
+    """
+    kubernetes = folder / "deploy/kubernetes"
+    shutil.copytree(ROOT / "deploy/kubernetes", kubernetes)
+    directory = kubernetes / "overlays" / overlay
+    if components:
+        with (directory / "kustomization.yaml").open("a") as file:
+            file.write(f"components: [{', '.join(f'../../components/{name}' for name in components)}]\n")
+    return directory
+
+
+def kustomized(directory: Path) -> str:
+    """What `kubectl apply -k` of a directory would apply."""
     return subprocess.run(
         [str(KUBECTL), "kustomize", str(directory)], check=True, capture_output=True, text=True
     ).stdout
@@ -64,9 +86,9 @@ class Manifests:
         self.all: list[Manifest] = [each for each in yaml.safe_load_all(rendered) if each]
 
     @classmethod
-    def of(cls, overlay: str) -> Manifests:
+    def of(cls, overlay: str, *components: str) -> Manifests:
         """Those of an overlay, to read and to change."""
-        return copy.deepcopy(_read(overlay))
+        return copy.deepcopy(_read(overlay, *components))
 
     def of_kind(self, *kinds: str) -> list[Manifest]:
         """All of these kinds."""
@@ -129,8 +151,8 @@ REFERENCE: Final = re.compile(r"\$\((\w+)\)")
 
 
 @functools.cache
-def _read(overlay: str) -> Manifests:
-    return Manifests(text_of(overlay))
+def _read(overlay: str, *components: str) -> Manifests:
+    return Manifests(text_of(overlay, *components))
 
 
 def label(manifest: Manifest) -> str:

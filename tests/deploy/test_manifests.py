@@ -12,9 +12,10 @@ from typing import Any, Final
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from tests.deploy import hardening, network, running, wiring
-from tests.deploy.rendered import OVERLAYS, Container, Manifest, Manifests, pod
+from tests.deploy.rendered import OVERLAYS, ROOT, Container, Manifest, Manifests, pod
 
 KUBERNETES: Final = tuple(f"1.{minor}" for minor in range(30, 38))
 
@@ -55,10 +56,11 @@ CHECKS: Final[tuple[Check, ...]] = (
 def _distinct() -> list[Manifest]:
     """All manifests, those once that differ in nothing but their namespace: a schema takes its time."""
     found: dict[str, Manifest] = {}
-    for overlay in OVERLAYS:
-        for manifest in Manifests.of(overlay).all:
-            alike = {**manifest, "metadata": {**manifest["metadata"], "namespace": ""}}
-            found.setdefault(json.dumps(alike, sort_keys=True), manifest)
+    rendered = [Manifests.of(overlay) for overlay in OVERLAYS]
+    with_backups = Manifests.of("production", "backups")
+    for manifest in [*(each for one in (*rendered, with_backups) for each in one.all), _restoring()]:
+        alike = {**manifest, "metadata": {**manifest["metadata"], "namespace": ""}}
+        found.setdefault(json.dumps(alike, sort_keys=True), manifest)
     return list(found.values())
 
 
@@ -82,6 +84,11 @@ def test_overlay_passes(overlay: str, check: Check) -> None:
     assert list(check(Manifests.of(overlay))) == []
 
 
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_production_with_backups_passes(check: Check) -> None:
+    assert list(check(Manifests.of("production", "backups"))) == []
+
+
 @needs_etcd
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_etcd_knows_its_variables(overlay: str) -> None:
@@ -89,6 +96,49 @@ def test_etcd_knows_its_variables(overlay: str) -> None:
     changed = Manifests.of(overlay)
     _container(changed, "etcd")["env"].append({"name": "ETCD_INITIAL_CLUSTERS", "value": ""})
     assert list(running.etcd_knows_its_variables(changed)) != []
+
+
+# --- Backups ----------------------------------------------------------------------------------------------------------
+
+
+def _restoring() -> Manifest:
+    """The pod that an operator makes to restore a shard."""
+    manifest: Manifest = yaml.safe_load((ROOT / "deploy/kubernetes/restore.yaml").read_text())
+    return manifest
+
+
+def test_shards_and_etcd_have_the_volume_of_backups_and_nobody_else_has() -> None:
+    manifests = Manifests.of("production", "backups")
+    (claim,) = (each["metadata"] for each in manifests.of_kind("PersistentVolumeClaim"))
+    mounted = {
+        workload["metadata"]["name"]: volume["persistentVolumeClaim"]["claimName"]
+        for workload in manifests.workloads()
+        for volume in pod(workload).get("volumes", [])
+        if "persistentVolumeClaim" in volume
+    }
+    assert mounted == {"topk-shard": claim["name"], "topk-etcd": claim["name"]}
+    assert claim["namespace"] == manifests.the("StatefulSet", "topk-shard")["metadata"]["namespace"]
+
+
+def test_a_restore_sees_what_its_shard_sees() -> None:
+    """The same image and user, and the same volumes in the same places."""
+    manifests = Manifests.of("production", "backups")
+    shard, container = pod(manifests.the("StatefulSet", "topk-shard")), manifests.container("shard").manifest
+    restoring = _restoring()["spec"]
+    (restore,) = restoring["containers"]
+    assert restore["image"] == container["image"]
+    assert (restoring["securityContext"], restore["securityContext"]) == (
+        shard["securityContext"],
+        container["securityContext"],
+    )
+    at = {one["mountPath"] for one in container["volumeMounts"]} - {"/etc/topk/tls"}
+    assert {one["mountPath"] for one in restore["volumeMounts"]} == at
+    claims = {
+        one["name"]: one["persistentVolumeClaim"]["claimName"]
+        for one in restoring["volumes"]
+        if "persistentVolumeClaim" in one
+    }
+    assert claims == {"data": "data-topk-shard-0", "backups": "topk-backups"}
 
 
 # --- What has to be different in production ---------------------------------------------------------------------------
@@ -113,6 +163,13 @@ def test_production_speaks_tls_everywhere() -> None:
             assert "TOPK_PLAINTEXT" not in environment
             assert {"TOPK_TLS_CERT", "TOPK_TLS_CA", "TOPK_ETCD_CA", "TOPK_ETCD_CERT"} <= set(environment)
         else:
+            tools = {name.removeprefix("ETCDCTL_"): value for name, value in environment.items() if "ETCDCTL" in name}
+            assert tools == {
+                "ENDPOINTS": "https://localhost:2379",
+                "CACERT": environment["ETCD_TRUSTED_CA_FILE"],
+                "CERT": environment["ETCD_CERT_FILE"],
+                "KEY": environment["ETCD_KEY_FILE"],
+            }
             assert environment["ETCD_CLIENT_CERT_AUTH"] == environment["ETCD_PEER_CLIENT_CERT_AUTH"] == "true"
             assert "http://" not in "".join(value for name, value in environment.items() if "METRICS" not in name)
     assert "TOPK_TOKENS_FILE" in Manifests.of("production").container("gateway").environment

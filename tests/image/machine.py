@@ -58,7 +58,8 @@ runroot = "{store}/run"
 """
 _ETCD: Final = f"""\
 FROM {PYTHON_IMAGE}
-RUN apt-get update && apt-get install -y --no-install-recommends etcd-server && ln -s /usr/bin/etcd /usr/local/bin/etcd
+RUN apt-get update && apt-get install -y --no-install-recommends etcd-server etcd-client \\
+    && ln -s /usr/bin/etcd /usr/bin/etcdctl /usr/local/bin/
 """
 
 

@@ -170,6 +170,11 @@ def test_probes_are_answered(running: Running) -> None:
     print("\nidle, MB: " + ", ".join(f"{name} {size / 1e6:.0f}" for name, size in held.items()))
 
 
+def test_etcd_is_backed_up_from_within(running: Running) -> None:
+    """As docs/operations.md does it: the container's variables say where etcd is, and who asks."""
+    assert "saved" in running.pods.inside("topk-etcd-0", "etcdctl snapshot save /tmp/etcd.db").lower()
+
+
 def test_every_count_is_exact_after_stops_and_kills(running: Running) -> None:
     running.send(1)
     running.check()

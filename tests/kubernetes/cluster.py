@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,14 +25,26 @@ NODE: Final = "node"
 _AGAIN_SECONDS: Final = 0.2
 
 
-def hosts_of(manifests: Manifests, most: Mapping[str, int]) -> dict[str, list[str]]:
+async def until(condition: Callable[[], bool], seconds: float) -> None:
+    """Waits for a condition.
+
+    Raises:
+        TimeoutError: it does not hold in time.
+    """
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+
+def hosts_of(manifests: Manifests, most: Mapping[str, int], bare: Sequence[str] = ()) -> dict[str, list[str]]:
     """The hosts that pods may run on, one for each at once, and what each is called.
 
     Args:
         manifests: of the cluster.
         most: the pods of a workload that there may be at once, where that is not one more than it says.
+        bare: pods that no workload keeps.
     """
-    hosts: dict[str, list[str]] = {}
+    hosts: dict[str, list[str]] = {name: [] for name in bare}
     for workload in manifests.workloads():
         name, labels = _name(workload), pod_labels(workload)
         count = most.get(name, workload["spec"].get("replicas", 1) + (workload["kind"] == "Deployment"))
@@ -72,6 +85,7 @@ class Machine:
         addresses: of the hosts.
         hosts: a file with the names of all.
         api: the Kubernetes API.
+        going: claims of volumes that are deleted when their pods have gone.
     """
 
     root: Path
@@ -80,6 +94,18 @@ class Machine:
     hosts: Path
     api: KubernetesApi
     made: int = 0
+    going: set[str] = field(default_factory=set)
+
+    @property
+    def volumes(self) -> Path:
+        """Of the volumes that last, one for each claim."""
+        return self.root / "volumes"
+
+    def release(self, pod: str) -> None:
+        """Deletes the volumes that waited for a pod's end."""
+        for claim in [claim for claim in self.going if claim.endswith(f"-{pod}")]:
+            shutil.rmtree(self.volumes / claim)
+            self.going.remove(claim)
 
     def place(self, host: str) -> Place:
         """Where the next pod on a host runs."""
@@ -88,7 +114,7 @@ class Machine:
             self.within[host],
             self.addresses[host],
             self.hosts,
-            self.root / "volumes",
+            self.volumes,
             self.root / "pods" / f"{host}-{self.made}",
             self.api.account,
             self.api.environment,
@@ -134,8 +160,8 @@ class Workload:
         )
 
     def apply(self, wanted: Manifest, manifests: Manifests) -> None:
-        """Another version of it; its number of replicas, which is scaled by others, stays."""
-        self.wanted = copy.deepcopy(wanted) | {"spec": wanted["spec"] | {"replicas": self.replicas}}
+        """Another version of it; where that says no number of replicas, it stays."""
+        self.wanted = copy.deepcopy(wanted) | {"spec": {"replicas": self.replicas} | wanted["spec"]}
         self._manifests = manifests
 
     def scale(self, replicas: int) -> None:
@@ -158,6 +184,7 @@ class Workload:
 
     async def _see_off(self, host: str, pod: Pod) -> None:
         await pod.terminate()
+        self._machine.release(host)
         del self.pods[host], self._ending[pod]
         self.gone.append(pod)
 
@@ -283,11 +310,12 @@ class Kubernetes:
     manifests: Manifests
     workloads: dict[str, Workload] = field(default_factory=dict)
     _proxies: list[ServiceProxy] = field(default_factory=list)
+    _bare: dict[str, Pod] = field(default_factory=dict)
 
     async def __aenter__(self) -> Kubernetes:
         for service in self.manifests.of_kind("Service"):
             if service["spec"].get("clusterIP") != "None":
-                proxy = ServiceProxy(service, self._pods)
+                proxy = ServiceProxy(service, self.pods)
                 self._proxies.append(proxy)
                 await proxy.start(self.machine.addresses[NODE])
         self._allow()
@@ -306,9 +334,14 @@ class Kubernetes:
     def _tell_api(self, name: str) -> None:
         self.machine.api.sets[name] = self.workloads[name].wanted
 
-    def _pods(self) -> Iterator[Pod]:
+    def pods(self) -> Iterator[Pod]:
+        """Those of the workloads that there are."""
         for workload in self.workloads.values():
             yield from workload.pods.values()
+
+    def pod(self, name: str) -> Pod:
+        """The one of this name."""
+        return self._bare[name] if name in self._bare else next(pod for pod in self.pods() if pod.name == name)
 
     def apply(self, manifests: Manifests) -> None:
         """As `kubectl apply` of a newer version."""
@@ -322,18 +355,57 @@ class Kubernetes:
         self.workloads[name].scale(replicas)
         self._tell_api(name)
 
-    async def until_settled(self, seconds: float) -> float:
-        """Waits until all workloads are as they are to be; how long that took.
+    def make_pod(self, manifest: Manifest) -> None:
+        """As `kubectl apply` of a pod that no workload keeps."""
+        name, template = _name(manifest), {"metadata": manifest["metadata"], "spec": manifest["spec"]}
+        place = self.machine.place(name)
+        place.scratch.mkdir(parents=True)
+        self._bare[name] = Pod(name, {**manifest, "spec": {"template": template}}, place, self.manifests)
+
+    async def delete_pod(self, name: str, seconds: float) -> None:
+        """As `kubectl delete pod`: until it is gone.
+
+        Raises:
+            TimeoutError: it takes longer.
+        """
+        if name in self._bare:
+            await self._bare.pop(name).terminate()
+            return
+        pod = self.pod(name)
+        for workload in self.workloads.values():
+            if name in workload.pods:
+                workload.delete(name)
+        await until(lambda: all(each is not pod for each in self.pods()), seconds)
+
+    def delete_claim(self, name: str) -> None:
+        """As `kubectl delete pvc`: what a pod has mounted goes with it."""
+        if not self.has_claim(name):
+            raise ValueError(f"there is no claim {name}")
+        self.machine.going.add(name)
+        holders = [pod.name for pod in self.pods() if name.endswith(f"-{pod.name}")]
+        if not holders:
+            self.machine.release(name.partition("-")[2])
+
+    def has_claim(self, name: str) -> bool:
+        """Whether there is a volume for it."""
+        return (self.machine.volumes / name).exists()
+
+    def settled(self, names: Sequence[str] = ()) -> bool:
+        """Whether workloads, all or these, are as they are to be."""
+        return all(self.workloads[name].settled for name in names or self.workloads)
+
+    async def until_settled(self, seconds: float, names: Sequence[str] = ()) -> float:
+        """Waits until workloads, all or these, are as they are to be; how long that took.
 
         Raises:
             AssertionError: it took too long.
         """
         began = time.monotonic()
         await asyncio.sleep(2 * _AGAIN_SECONDS)
-        while not all(workload.settled for workload in self.workloads.values()):
-            if time.monotonic() - began > seconds:
-                raise AssertionError(f"not settled within {seconds:g} s:\n{self.tell()}")
-            await asyncio.sleep(_AGAIN_SECONDS)
+        try:
+            await until(lambda: self.settled(names), seconds)
+        except TimeoutError:
+            raise AssertionError(f"not settled within {seconds:g} s:\n{self.tell()}") from None
         return time.monotonic() - began
 
     def tell(self) -> str:
@@ -342,8 +414,7 @@ class Kubernetes:
         for workload in self.workloads.values():
             lines.append(f"{workload.name}: {workload.replicas} wanted")
             for pod in workload.pods.values():
-                state = "terminating" if pod.terminating else "ready" if pod.ready else "not ready"
-                lines += [f"  {pod.name} {state}, ended {pod.ended}", pod.log_tail()]
+                lines += [f"  {pod.name} {pod.state}, ended {pod.ended}", pod.log_tail()]
         return "\n".join(lines)
 
     def every_pod(self) -> Iterator[Pod]:
@@ -354,3 +425,4 @@ class Kubernetes:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(proxy.close() for proxy in self._proxies))
         await asyncio.gather(*(workload.close() for workload in self.workloads.values()))
+        await asyncio.gather(*(pod.kill() for pod in self._bare.values()))

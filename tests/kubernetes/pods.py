@@ -64,7 +64,9 @@ def image_of(name: str) -> Image:
     """By the last part of its name."""
     known = {
         "topk-grpc": Image((str(Path(sys.executable).with_name("topk")),)),
-        "etcd": Image(("/usr/local/bin/etcd",), {"/usr/local/bin/etcd": "/usr/bin/etcd"}),
+        "etcd": Image(
+            ("/usr/local/bin/etcd",), {f"/usr/local/bin/{name}": f"/usr/bin/{name}" for name in ("etcd", "etcdctl")}
+        ),
     }
     return known[name.rsplit("/", 1)[-1].partition(":")[0]]
 
@@ -114,7 +116,7 @@ class Pod:
         if self._spec.get("initContainers"):
             raise ValueError("this runner knows no init containers")
         (container,) = self._spec["containers"]
-        number = int(name.rpartition("-")[2])
+        number = int(last) if (last := name.rpartition("-")[2]).isdigit() else 0
         self.container = Container(workload, container, manifests.environment(workload, container, number))
         self.name, self.labels, self.revision = name, pod_labels(workload), revision_of(workload)
         self.address = place.address
@@ -129,6 +131,11 @@ class Pod:
         self._process: asyncio.subprocess.Process | None = None
         self._log = place.scratch / "log"
         self._task = asyncio.create_task(self._run())
+
+    @property
+    def state(self) -> str:
+        """In a word or two."""
+        return "terminating" if self.terminating else "ready" if self.ready else "not ready"
 
     # --- The container ------------------------------------------------------------------------------------------------
 
@@ -155,10 +162,16 @@ class Pod:
         found = []
         for mount in self.container.manifest.get("volumeMounts", []):
             name = mount["name"]
-            source = self._place.volumes / f"{name}-{self.name}" if name in claims else self._place.scratch / name
+            volume: Manifest = volumes.get(name, {})
+            if name in claims:
+                source = self._place.volumes / f"{name}-{self.name}"
+            elif "persistentVolumeClaim" in volume:
+                source = self._place.volumes / volume["persistentVolumeClaim"]["claimName"]
+            elif "emptyDir" in volume:
+                source = self._place.scratch / name
+            else:
+                raise ValueError(f"this runner does not know the volume {volume}")
             if not source.exists():
-                if name not in claims and "emptyDir" not in volumes[name]:
-                    raise ValueError(f"this runner does not know the volume {volumes[name]}")
                 source.mkdir(parents=True)
                 os.chown(source, 0, owner)
                 source.chmod(0o2775)
@@ -268,7 +281,10 @@ class Pod:
             await asyncio.sleep(probe.get("periodSeconds", 10))
 
     async def _watch_readiness(self) -> None:
-        probe = self.container.manifest["readinessProbe"]
+        probe = self.container.manifest.get("readinessProbe")
+        if probe is None:
+            self.ready = True
+            return
         failed = 0
         await asyncio.sleep(probe.get("initialDelaySeconds", 0))
         while True:

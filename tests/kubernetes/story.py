@@ -70,6 +70,10 @@ class Crowd:
     wrong: list[str] = field(default_factory=list)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def begin(self) -> None:
+        """They may play and ask again."""
+        self._ended.clear()
+
     def end(self) -> None:
         """No more."""
         self._ended.set()

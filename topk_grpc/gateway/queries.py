@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final, Literal, TypeVar
 
 from topk_grpc import metrics
@@ -57,9 +58,10 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _ordered(places: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Best first."""
-    return [(song_id, -count) for count, song_id in sorted((-count, song_id) for song_id, count in places)]
+def _ordered(places: Iterable[tuple[str, int]], k: int | None = None) -> list[tuple[str, int]]:
+    """Best first; the k best alone, if that is said."""
+    ranked = sorted([(-count, song_id) for song_id, count in places])
+    return [(song_id, -count) for count, song_id in ranked[:k]]
 
 
 class Queries:
@@ -165,9 +167,8 @@ class Queries:
                 "QueryTopK", pb.QueryTopKRequest(scope=scope, k=k), allow_partial=allow_partial
             )
             answers = gathered.answers.values()
-            places = _ordered(
-                place for answer in answers for place in zip(answer.song_ids, answer.counts, strict=True)
-            )[:k]
+            each = (zip(answer.song_ids, answer.counts, strict=True) for answer in answers)
+            places = _ordered(chain.from_iterable(each), k)
             sessions = _sessions(answers)
         certificate = self._certificate(gathered, bounds, sum(count for _, count in places))
         total = certificate.total_plays

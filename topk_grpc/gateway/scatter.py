@@ -77,33 +77,42 @@ class Gathered(Generic[AnswerT]):
         return max(known, default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A connection to a shard: what it was opened for, an address and certificates, and the calls on it."""
+
+    opened_for: tuple[str, int]
+    channel: grpc.aio.Channel
+    stub: pb_grpc.ShardServiceStub
+
+
 class ShardQueries:
     """Query stubs to the shards, on connections of their own: a query must not wait behind megabytes of plays."""
 
     def __init__(self, settings: GatewaySettings, channels: ShardChannels) -> None:
         self._settings = settings
         self._shards = channels
-        self._channels: dict[str, tuple[tuple[str, int], grpc.aio.Channel]] = {}
+        self._lines: dict[str, _Line] = {}
         self._closing: set[asyncio.Task[None]] = set()  # channels being closed
 
-    def _drop(self, shard_id: str, channel: grpc.aio.Channel) -> None:
+    def _drop(self, shard_id: str, line: _Line) -> None:
         """Lets the calls on a channel come to their end; the next call opens another one."""
-        if self._channels.get(shard_id, (None, None))[1] is channel:
-            del self._channels[shard_id]
-            task = asyncio.create_task(channel.close(self._settings.query_seconds))
+        if self._lines.get(shard_id) is line:
+            del self._lines[shard_id]
+            task = asyncio.create_task(line.channel.close(self._settings.query_seconds))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
-    def _channel(self, shard: ShardInfo) -> grpc.aio.Channel:
-        opened_for, channel = self._channels.get(shard.shard_id, (None, None))
+    def _line(self, shard: ShardInfo) -> _Line:
+        line = self._lines.get(shard.shard_id)
         wanted = (shard.address, self._shards.generation)
-        if channel is None or opened_for != wanted:
-            if channel is not None:
-                self._drop(shard.shard_id, channel)
+        if line is None or line.opened_for != wanted:
+            if line is not None:
+                self._drop(shard.shard_id, line)
             # Asking again is the caller's: gRPC's own retries hide why, and hold up those that go without the shard.
             channel = self._shards.open(shard.address, options=[("grpc.enable_retries", 0)])
-            self._channels[shard.shard_id] = (wanted, channel)
-        return channel
+            line = self._lines[shard.shard_id] = _Line(wanted, channel, pb_grpc.ShardServiceStub(channel))
+        return line
 
     async def ask(self, shard: ShardInfo, method: str, request: Any, seconds: float) -> Any:
         """Asks one shard; an answer in pages is put together.
@@ -114,9 +123,9 @@ class ShardQueries:
         if not shard.address:
             raise UnavailableError(f"{shard.shard_id} has not started yet")
         metadata = self._shards.metadata(shard.shard_id)
-        channel = self._channel(shard)
+        line = self._line(shard)
         try:
-            call = getattr(pb_grpc.ShardServiceStub(channel), method)
+            call = getattr(line.stub, method)
             messages = await _messages(call(request, timeout=max(seconds, 0.001), metadata=metadata))
         except grpc.RpcError as error:
             failure = from_rpc_error(error)
@@ -125,7 +134,7 @@ class ShardQueries:
             if isinstance(failure, DeadlineError) and seconds >= self._settings.query_seconds / 2:
                 # The shard may be slow, or the connection dead without a word, which keepalive takes long to find out:
                 # a new connection is cheap.
-                self._drop(shard.shard_id, channel)
+                self._drop(shard.shard_id, line)
             raise failure from error
         metrics.SHARD_QUERY_MESSAGES.labels(method).inc(1 + len(messages))
         metrics.SHARD_QUERY_BYTES.labels(method).inc(sum(message.ByteSize() for message in (request, *messages)))
@@ -135,12 +144,12 @@ class ShardQueries:
 
     def keep_only(self, topology: Topology) -> None:
         """Lets go of shards that are not in the cluster any more."""
-        for gone in self._channels.keys() - {shard.shard_id for shard in topology.shards}:
-            self._drop(gone, self._channels[gone][1])
+        for gone in self._lines.keys() - {shard.shard_id for shard in topology.shards}:
+            self._drop(gone, self._lines[gone])
 
     async def close(self) -> None:
         """Closes all connections."""
-        await asyncio.gather(*(channel.close() for _, channel in self._channels.values()), *self._closing)
+        await asyncio.gather(*(line.channel.close() for line in self._lines.values()), *self._closing)
 
 
 class Scatter:

@@ -309,7 +309,8 @@ def select_into(
     if not cython.compiled:
         none = memoryview(none)
     with cython.nogil:
-        for i in range(offered):
+        # From the end: there stand the better ones where the candidates are a heap's, and the others then stay outside.
+        for i in range(offered - 1, -1, -1):
             if counts[i] <= 0:
                 continue
             if sizes[0] < room:

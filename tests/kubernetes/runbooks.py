@@ -1,0 +1,190 @@
+"""The commands of docs/operations.md, run as they stand there, as a program that runs on the node.
+
+    python -m tests.kubernetes.runbooks DESCRIPTION    a JSON file, as story.py's `described` makes it
+
+`topk` is this checkout's, `kubectl` is kubectl.py's. What is changed: the namespace and the overlay, which are those of
+`dev` with three shards. Plays stream in and queries are asked meanwhile; for backup and restore they pause, as a volume
+that is lost loses what it was sent since its backup. One line of JSON says how it went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from tests.cluster.processes import environment
+from tests.deploy.rendered import ROOT, Manifests
+from tests.kubernetes.api import KubernetesApi
+from tests.kubernetes.cluster import NODE, Kubernetes, Machine, until
+from tests.kubernetes.kubectl import Kubectl
+from tests.kubernetes.story import (
+    DEADLINE_SECONDS,
+    GATEWAYS,
+    NEW_TAG,
+    PRODUCERS,
+    SETTLE_SECONDS,
+    SHARDS,
+    Crowd,
+)
+from topk_grpc import TopKClient
+from topk_grpc._version import VERSION
+from topk_grpc.cli.failures import FINAL
+
+DOCUMENT: Final = ROOT / "docs/operations.md"
+_BLOCK: Final = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_CHAPTER_SECONDS: Final = 300.0
+
+
+def chapters() -> dict[str, str]:
+    """The commands of each runbook, by its title; those before the first have the title of the section."""
+    section = DOCUMENT.read_text(encoding="utf-8").partition("\n## Runbooks\n")[2].partition("\n## ")[0]
+    found: dict[str, str] = {}
+    for part in f"### Runbooks\n{section}".split("### ")[1:]:
+        title, _, text = part.partition("\n")
+        if blocks := _BLOCK.findall(text):
+            found[title] = "".join(blocks)
+    return found
+
+
+class Operator:
+    """Goes by the book.
+
+    Args:
+        kubernetes: the cluster.
+        crowd: who plays and asks.
+        kubectl: the operator's.
+        folder: the operator's; has `deploy/`, in which there is a new release before an upgrade.
+    """
+
+    def __init__(self, kubernetes: Kubernetes, crowd: Crowd, kubectl: Kubectl, folder: Path) -> None:
+        self._kubernetes = kubernetes
+        self._crowd = crowd
+        self._kubectl = kubectl
+        self._folder = folder
+        self._chapters = chapters()
+        self._done: dict[str, float] = {}
+
+    async def run(self) -> dict[str, Any]:
+        """Every chapter, and what came of it."""
+        await self._kubernetes.until_settled(SETTLE_SECONDS)
+        await self._chapter("Runbooks", lambda: self._has_shards(3))
+        async with self._crowded():
+            await self._chapter("Scale out", lambda: self._has_shards(5))
+            await self._chapter("Scale in", lambda: self._has_shards(3))
+            self._release()
+            await self._chapter("Upgrade", self._is_upgraded)
+            await self._chapter("Replace a node", lambda: self._has_shards(3))
+        await self._chapter("Back up", self._is_complete)
+        await self._lose_volume(f"{SHARDS}-0")
+        await self._chapter("Restore", self._is_complete)
+        async with self._crowded():
+            await asyncio.sleep(2)
+        await self._is_complete()
+        return {
+            "plays": self._crowd.played.total(),
+            "answers": self._crowd.answers,
+            "wrong": self._crowd.wrong[:5],
+            "seconds": {title: round(seconds, 1) for title, seconds in self._done.items()},
+            "left_out": sorted(self._chapters.keys() - self._done.keys()),
+            "commands": len(self._kubectl.asked),
+        }
+
+    async def _chapter(self, title: str, check: Callable[[], Awaitable[None]]) -> None:
+        began = time.monotonic()
+        script = self._chapters[title].replace("-n topk ", "-n topk-dev ").replace("/production", "/dev")
+        settings = {"TOPK_GATEWAY": self._crowd.gateway, "PYTHONPATH": str(ROOT)}
+        process = await asyncio.create_subprocess_exec(
+            "bash", "-euo", "pipefail", "-c", script,
+            cwd=self._folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            env=environment() | self._kubectl.environment | settings,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(_CHAPTER_SECONDS):
+                said, _ = await process.communicate()
+        except TimeoutError:
+            process.kill()
+            raise AssertionError(f"{title}: not done in {_CHAPTER_SECONDS:g} s:\n{self._kubernetes.tell()}") from None
+        print(f"=== {title}\n{said.decode()}", file=sys.stderr, flush=True)
+        assert process.returncode == 0, f"{title}: {said.decode()}"
+        await self._kubernetes.until_settled(SETTLE_SECONDS)
+        await check()
+        self._done[title] = time.monotonic() - began
+
+    @asynccontextmanager
+    async def _crowded(self) -> AsyncIterator[None]:
+        self._crowd.begin()
+        async with asyncio.TaskGroup() as group:
+            for number in range(PRODUCERS):
+                group.create_task(self._crowd.play(number))
+            group.create_task(self._crowd.ask())
+            yield
+            self._crowd.end()
+
+    async def _has_shards(self, count: int) -> None:
+        async with TopKClient(self._crowd.gateway, deadline_seconds=DEADLINE_SECONDS) as client:
+            cluster = await client.describe()
+        shares = {shard.shard_id: shard.slots for shard in cluster.shards}
+        assert len(shares) == count, shares
+        assert min(shares.values()) > 0, shares
+        assert not cluster.slots_left, f"{cluster.slots_left} slots are left to move"
+
+    def _release(self) -> None:
+        """The next release is another tag of our image."""
+        kustomization = self._folder / "deploy/kubernetes/base/kustomization.yaml"
+        text = kustomization.read_text(encoding="utf-8")
+        changed = text.replace(f"newTag: {VERSION}", f"newTag: {NEW_TAG}")
+        assert changed != text
+        kustomization.write_text(changed, encoding="utf-8")
+
+    async def _is_upgraded(self) -> None:
+        for pod in self._kubernetes.pods():
+            image = pod.container.manifest["image"]
+            assert not pod.container.is_topk or image.endswith(f":{NEW_TAG}"), f"{pod.name} runs {image}"
+        await self._has_shards(3)
+
+    async def _lose_volume(self, pod: str) -> None:
+        """The pod is made again, with an empty volume, and does not start."""
+        self._kubernetes.delete_claim(f"data-{pod}")
+        await self._kubernetes.delete_pod(pod, SETTLE_SECONDS)
+        await until(lambda: any(each.name == pod and each.ended for each in self._kubernetes.pods()), SETTLE_SECONDS)
+        assert set(self._kubernetes.pod(pod).ended) == {FINAL}, self._kubernetes.pod(pod).log_tail()
+
+    async def _is_complete(self) -> None:
+        counts = Counter(await self._crowd.counts())
+        lost, double = self._crowd.played - counts, counts - self._crowd.played
+        assert not lost, f"lost: {lost}"
+        assert not double, f"double: {double}"
+
+
+async def main(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs them on the node."""
+    manifests = Manifests(description["rendered"])
+    gateway = manifests.the("Service", GATEWAYS)
+    namespace = gateway["metadata"]["namespace"]
+    root, addresses = Path(description["root"]), description["addresses"]
+    api = KubernetesApi(root / "api", namespace, addresses[NODE])
+    machine = Machine(root, description["within"], addresses, Path(description["hosts"]), api)
+    crowd = Crowd(f"{GATEWAYS}.{namespace}:{gateway['spec']['ports'][0]['port']}")
+    try:
+        async with Kubernetes(machine, manifests) as kubernetes:
+            kubectl = Kubectl(kubernetes, namespace, root)
+            await kubectl.start()
+            try:
+                return await Operator(kubernetes, crowd, kubectl, root).run()
+            finally:
+                await kubectl.close()
+    finally:
+        api.close()
+
+
+if __name__ == "__main__":
+    told = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print(json.dumps(asyncio.run(main(told)), ensure_ascii=False))
