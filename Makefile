@@ -36,7 +36,7 @@ demo: $(STAMP) ## Show the whole story in a minute: a cluster, a stream, a kill 
 	@$(BIN)/topk demo
 
 test: $(STAMP) ## Run the tests (PYTEST=… adds arguments)
-	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 soak: $(STAMP) ## Compare windows of clusters under random traffic and kills with an oracle (SOAK_SECONDS=600 SEED=…)
 	@TOPK_SOAK_SECONDS=$(SOAK_SECONDS) $(if $(SEED),TOPK_SOAK_SEED=$(SEED)) $(BIN)/python -m pytest -s \

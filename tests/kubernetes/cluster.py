@@ -278,7 +278,7 @@ class ServiceProxy:
                 return
             with suppress(OSError):
                 there, back = await asyncio.open_connection(*random.choice(ends))
-                await asyncio.gather(_copy(reader, back), _copy(there, writer))
+                await asyncio.gather(copy_stream(reader, back), copy_stream(there, writer))
         finally:
             writer.close()
 
@@ -291,7 +291,8 @@ class ServiceProxy:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def copy_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Passes on what comes, until it ends or breaks."""
     try:
         while data := await reader.read(1 << 16):
             writer.write(data)

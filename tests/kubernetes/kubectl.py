@@ -21,7 +21,7 @@ from typing import Final, NoReturn
 import yaml
 
 from tests.deploy.rendered import Manifests, kustomized
-from tests.kubernetes.cluster import Kubernetes, until
+from tests.kubernetes.cluster import Kubernetes, copy_stream, until
 
 SETTLE_SECONDS: Final = 240.0
 _AGAIN_SECONDS: Final = 0.2
@@ -50,7 +50,8 @@ class Kubectl:
         self.asked: list[list[str]] = []
         self._verbs: dict[str, Callable[[argparse.Namespace], Awaitable[Answer]]] = {
             "apply": self._apply, "cordon": self._cordon, "delete": self._delete, "drain": self._drain,
-            "exec": self._exec, "get": self._get, "rollout": self._rollout, "scale": self._scale, "wait": self._wait,
+            "exec": self._exec, "get": self._get, "port-forward": self._port_forward, "rollout": self._rollout,
+            "scale": self._scale, "wait": self._wait,
         }  # fmt: skip
 
     @property
@@ -72,19 +73,19 @@ class Kubectl:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         told = json.loads(await reader.readline())
         try:
-            status, said = await self._do(told["arguments"], Path(told["directory"]))
+            status, said = await self._do(told["arguments"], Path(told["directory"]), reader)
         except Exception as error:  # a test reads it
             status, said = 1, f"kubectl {' '.join(told['arguments'])}: {error!r}\n"
         writer.write(json.dumps({"status": status, "said": said}).encode())
         writer.close()
 
-    async def _do(self, arguments: Sequence[str], directory: Path) -> Answer:
+    async def _do(self, arguments: Sequence[str], directory: Path, caller: asyncio.StreamReader) -> Answer:
         self.asked.append(list(arguments))
         parsed = _parser().parse_intermixed_args(_until_dashes(arguments))
         namespaced = parsed.verb not in {"cordon", "drain"} and not parsed.kustomize
         if namespaced and parsed.namespace != self._namespace:
             return 1, f"there is nothing in the namespace {parsed.namespace}\n"
-        parsed.directory = directory
+        parsed.directory, parsed.caller = directory, caller
         parsed.command = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
         return await self._verbs[parsed.verb](parsed)
 
@@ -154,6 +155,18 @@ class Kubectl:
     async def _exec(self, asked: argparse.Namespace) -> Answer:
         (name,) = asked.things
         return await self._kubernetes.pod(name).run_inside(asked.command)
+
+    async def _port_forward(self, asked: argparse.Namespace) -> Answer:
+        """Until the caller ends it."""
+        service, port = asked.things
+
+        async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there, back = await asyncio.open_connection(service.partition("/")[2], int(port))
+            await asyncio.gather(copy_stream(reader, back), copy_stream(there, writer))
+
+        async with await asyncio.start_server(pass_on, "127.0.0.1", int(port)):
+            await asked.caller.read()
+        return 0, ""
 
     async def _wait(self, asked: argparse.Namespace) -> Answer:
         (thing,) = asked.things

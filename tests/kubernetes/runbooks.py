@@ -1,4 +1,4 @@
-"""The commands of docs/operations.md, run as they stand there, as a program that runs on the node.
+"""The commands of docs/operations.md, and of the first steps in docs/kubernetes.md, as a program that runs on the node.
 
     python -m tests.kubernetes.runbooks DESCRIPTION    a JSON file, as story.py's `described` makes it
 
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,32 +28,38 @@ from tests.kubernetes.api import KubernetesApi
 from tests.kubernetes.cluster import NODE, Kubernetes, Machine, until
 from tests.kubernetes.kubectl import Kubectl
 from tests.kubernetes.story import (
-    DEADLINE_SECONDS,
     GATEWAYS,
     NEW_TAG,
     PRODUCERS,
     SETTLE_SECONDS,
     SHARDS,
     Crowd,
+    until_shards,
 )
-from topk_grpc import TopKClient
 from topk_grpc._version import VERSION
 from topk_grpc.cli.failures import FINAL
 
-DOCUMENT: Final = ROOT / "docs/operations.md"
+FIRST_STEPS: Final = "A cluster to try"
+FIRST_PLAYS: Final = {"Toto - Africa": 3, "Boston - More Than a Feeling": 2, "Björk - Jóga": 1}
 _BLOCK: Final = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _CHAPTER_SECONDS: Final = 300.0
 
 
 def chapters() -> dict[str, str]:
     """The commands of each runbook, by its title; those before the first have the title of the section."""
-    section = DOCUMENT.read_text(encoding="utf-8").partition("\n## Runbooks\n")[2].partition("\n## ")[0]
+    first = _section("docs/kubernetes.md", FIRST_STEPS)
+    runbooks = _section("docs/operations.md", "Runbooks")
     found: dict[str, str] = {}
-    for part in f"### Runbooks\n{section}".split("### ")[1:]:
+    for part in f"{FIRST_STEPS}\n{first}### Runbooks\n{runbooks}".split("### "):
         title, _, text = part.partition("\n")
         if blocks := _BLOCK.findall(text):
             found[title] = "".join(blocks)
     return found
+
+
+def _section(document: str, title: str) -> str:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
 class Operator:
@@ -74,7 +82,8 @@ class Operator:
 
     async def run(self) -> dict[str, Any]:
         """Every chapter, and what came of it."""
-        await self._kubernetes.until_settled(SETTLE_SECONDS)
+        self._write_first_plays()
+        await self._chapter(FIRST_STEPS, self._is_complete, reached=False)
         await self._chapter("Runbooks", lambda: self._has_shards(3))
         async with self._crowded():
             await self._chapter("Scale out", lambda: self._has_shards(5))
@@ -97,26 +106,43 @@ class Operator:
             "commands": len(self._kubectl.asked),
         }
 
-    async def _chapter(self, title: str, check: Callable[[], Awaitable[None]]) -> None:
+    def _write_first_plays(self) -> None:
+        with (self._folder / "plays.csv").open("w", encoding="utf-8") as file:
+            file.write("artist,title,time\n")
+            for song, plays in FIRST_PLAYS.items():
+                artist, _, title = song.partition(" - ")
+                file.writelines(f"{artist},{title},2026-11-01T10:00:{second:02}Z\n" for second in range(plays))
+        self._crowd.played.update(FIRST_PLAYS)
+
+    async def _chapter(self, title: str, check: Callable[[], Awaitable[None]], *, reached: bool = True) -> None:
+        """Runs its commands, and then looks. Unless it is `reached`, they find their own way to the gateways."""
         began = time.monotonic()
-        script = self._chapters[title].replace("-n topk ", "-n topk-dev ").replace("/production", "/dev")
-        settings = {"TOPK_GATEWAY": self._crowd.gateway, "PYTHONPATH": str(ROOT)}
-        process = await asyncio.create_subprocess_exec(
-            "bash", "-euo", "pipefail", "-c", script,
-            cwd=self._folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-            env=environment() | self._kubectl.environment | settings,
-        )  # fmt: skip
-        try:
-            async with asyncio.timeout(_CHAPTER_SECONDS):
-                said, _ = await process.communicate()
-        except TimeoutError:
-            process.kill()
-            raise AssertionError(f"{title}: not done in {_CHAPTER_SECONDS:g} s:\n{self._kubernetes.tell()}") from None
-        print(f"=== {title}\n{said.decode()}", file=sys.stderr, flush=True)
-        assert process.returncode == 0, f"{title}: {said.decode()}"
+        said = await self._run(title, {"TOPK_GATEWAY": self._crowd.gateway} if reached else {})
+        print(f"=== {title}\n{said}", file=sys.stderr, flush=True)
         await self._kubernetes.until_settled(SETTLE_SECONDS)
         await check()
         self._done[title] = time.monotonic() - began
+
+    async def _run(self, title: str, settings: Mapping[str, str]) -> str:
+        script = self._chapters[title].replace("-n topk ", "-n topk-dev ").replace("/production", "/dev")
+        written = self._folder / "said"
+        with written.open("w") as output:
+            process = await asyncio.create_subprocess_exec(
+                "bash", "-euo", "pipefail", "-c", script,
+                cwd=self._folder, stdout=output, stderr=output, start_new_session=True,
+                env=environment() | self._kubectl.environment | {"PYTHONPATH": str(ROOT), **settings},
+            )  # fmt: skip
+        try:
+            async with asyncio.timeout(_CHAPTER_SECONDS):
+                status = await process.wait()
+        except TimeoutError:
+            raise AssertionError(f"{title}: {written.read_text()}\n{self._kubernetes.tell()}") from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it left in the background
+        said = written.read_text()
+        assert status == 0, f"{title}: {said}"
+        return said
 
     @asynccontextmanager
     async def _crowded(self) -> AsyncIterator[None]:
@@ -129,12 +155,7 @@ class Operator:
             self._crowd.end()
 
     async def _has_shards(self, count: int) -> None:
-        async with TopKClient(self._crowd.gateway, deadline_seconds=DEADLINE_SECONDS) as client:
-            cluster = await client.describe()
-        shares = {shard.shard_id: shard.slots for shard in cluster.shards}
-        assert len(shares) == count, shares
-        assert min(shares.values()) > 0, shares
-        assert not cluster.slots_left, f"{cluster.slots_left} slots are left to move"
+        await until_shards(self._kubernetes, self._crowd.gateway, count)
 
     def _release(self) -> None:
         """The next release is another tag of our image."""

@@ -99,7 +99,7 @@ class Crowd:
             while not self._ended.is_set():
                 before = self.played.total()
                 try:
-                    answer = await client.top_k("global", SONGS)
+                    answer = await client.top_k("global", 2 * SONGS)
                 except UnavailableError as error:
                     self.refused[str(error)] += 1
                 else:
@@ -177,23 +177,32 @@ class Story:
         print(f"{what}: {self.seconds[what]:.1f} s", file=sys.stderr, flush=True)
 
     async def _until_shards(self, count: int) -> None:
-        """So many shards are in the topology, each with its share of the slots, and nothing moves."""
-        began = time.monotonic()
-        async with TopKClient(self._crowd.gateway, deadline_seconds=DEADLINE_SECONDS) as client:
-            while True:
-                try:
-                    cluster = await client.describe()
-                except TopKError as error:
-                    said = str(error)
-                else:
-                    shares = [shard.slots for shard in cluster.shards]
-                    said = f"slots {shares}, {cluster.slots_left} left"
-                    if len(shares) == count and min(shares) > 0 and not cluster.slots_left and not cluster.migrations:
-                        break
-                if time.monotonic() - began > SETTLE_SECONDS:
-                    raise AssertionError(f"not {count} shards with slots: {said}\n{self._kubernetes.tell()}")
-                await asyncio.sleep(0.2)
-        self.seconds[f"{count} shards have their slots"] = time.monotonic() - began
+        self.seconds[f"{count} shards have their slots"] = await until_shards(
+            self._kubernetes, self._crowd.gateway, count
+        )
+
+
+async def until_shards(kubernetes: Kubernetes, gateway: str, count: int) -> float:
+    """Waits until so many shards are in the topology, each with its share, and nothing moves; how long that took.
+
+    Raises:
+        AssertionError: it took too long.
+    """
+    began = time.monotonic()
+    async with TopKClient(gateway, deadline_seconds=DEADLINE_SECONDS) as client:
+        while True:
+            try:
+                cluster = await client.describe()
+            except TopKError as error:
+                said = str(error)
+            else:
+                shares = [shard.slots for shard in cluster.shards]
+                said = f"slots {shares}, {cluster.slots_left} left"
+                if len(shares) == count and min(shares) > 0 and not cluster.slots_left and not cluster.migrations:
+                    return time.monotonic() - began
+            if time.monotonic() - began > SETTLE_SECONDS:
+                raise AssertionError(f"not {count} shards with slots: {said}\n{kubernetes.tell()}")
+            await asyncio.sleep(0.2)
 
 
 def _updated(manifests: Manifests) -> Manifests:
