@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -13,6 +14,7 @@ import topk_grpc
 from tests.client.model_server import ModelServer, Script
 from topk_grpc import (
     Bounds,
+    DeadlineError,
     Entry,
     InvalidArgumentError,
     Play,
@@ -395,3 +397,10 @@ async def test_a_query_without_a_server_raises_within_the_deadline() -> None:
         with pytest.raises(UnavailableError):
             await client.top_k("global")
         assert time.monotonic() - start < 5
+
+
+async def test_a_query_that_nobody_answers_says_how_long_it_waited_and_where_to_look() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with TopKClient(f"127.0.0.1:{silent.getsockname()[1]}", deadline_seconds=0.5) as client:
+            with pytest.raises(DeadlineError, match=r"no answer within 0\.5 s: .*topk cluster status"):
+                await client.top_k("global")

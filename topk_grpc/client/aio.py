@@ -260,6 +260,7 @@ class TopKClient:
             InvalidArgumentError: the cluster refuses the request as it is.
             OutOfRangeError: what is kept of a time so far back cannot be cut at the window's bounds any more.
             UnavailableError: a shard does not answer, or no gateway.
+            DeadlineError: no answer came within deadline_seconds.
         """
         return await self._asking().top_k(window, k, chart, as_of, allow_partial, history_panes)
 
@@ -324,6 +325,7 @@ class TopKClient:
         Raises:
             InvalidArgumentError: the cluster refuses the request as it is.
             UnavailableError: a shard does not answer, or no gateway.
+            DeadlineError: no answer came within deadline_seconds.
         """
         return await self._asking().songs(song_ids, window, chart, as_of, neighbours, allow_partial)
 
@@ -332,6 +334,7 @@ class TopKClient:
 
         Raises:
             UnavailableError: a shard does not answer, or no gateway.
+            DeadlineError: no answer came within deadline_seconds.
         """
         return await self._asking().charts(allow_partial)
 
@@ -340,6 +343,7 @@ class TopKClient:
 
         Raises:
             UnavailableError: no gateway answers.
+            DeadlineError: no answer came within deadline_seconds.
         """
         return await self._asking().describe()
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from topk_grpc.client.watching import Interrupted, Watching
-from topk_grpc.errors import InvalidArgumentError
+from topk_grpc.errors import DeadlineError, InvalidArgumentError
 from topk_grpc.model import Answer, AsOf, ChartSummary, SongsAnswer, Window, parse_window
 from topk_grpc.pb.topk.v1 import topk_service_pb2 as pb
 from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceStub
 from topk_grpc.rpc import convert
 from topk_grpc.rpc.connection import Connection
-from topk_grpc.rpc.status import from_rpc_error
+from topk_grpc.rpc.status import from_rpc_error, is_own
 
 if TYPE_CHECKING:
     from topk_grpc.pb.topk.v1.topk_service_pb2_grpc import TopKServiceAsyncStub
@@ -42,13 +42,19 @@ class Queries:
         """Makes a call.
 
         Raises:
-            TopKError: as the gateway says, or UnavailableError.
+            TopKError: as the gateway says, UnavailableError or DeadlineError.
         """
         metadata = self._connection.metadata()
         try:
             return await getattr(self._stub, method)(request, timeout=self._deadline_seconds, metadata=metadata)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            failure = from_rpc_error(error)
+            if isinstance(failure, DeadlineError) and not is_own(error):
+                failure = DeadlineError(
+                    f"no answer within {self._deadline_seconds:g} s: the gateway, or a shard that it waits for, is away"
+                    " or slow; `topk cluster status` shows how the shards are"
+                )
+            raise failure from error
 
     async def top_k(  # noqa: PLR0917  # called from one place
         self,

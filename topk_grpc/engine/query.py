@@ -338,7 +338,11 @@ def standings(
         neighbours: how many entries before and after each to return.
     """
     candidates = _candidates(state, scope)
-    return [_standing(state, scope, candidates, place, neighbours=neighbours) for place in places], candidates.totals
+    found = candidates.totals
+    if places and not neighbours:  # then nobody asks what stands behind the last place
+        near = candidates.counts >= min(count for _, count in places)
+        candidates = _Candidates(candidates.entries[near], candidates.counts[near])
+    return [_standing(state, scope, candidates, place, neighbours=neighbours) for place in places], found
 
 
 def _standing(

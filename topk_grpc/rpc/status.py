@@ -267,6 +267,11 @@ def from_rpc_error(error: grpc.RpcError) -> errors.TopKError:
     return error_class(message)
 
 
+def is_own(error: grpc.RpcError) -> bool:
+    """Whether a server of this package sent the status; else gRPC made it up here, or somebody on the way did."""
+    return _details_of(error)[0] is not None
+
+
 def retry_after_ms(error: grpc.RpcError) -> int | None:
     """How long the server asks to wait before trying again, milliseconds; None where it does not say."""
     _, retry = _details_of(error)
