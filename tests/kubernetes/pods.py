@@ -280,9 +280,15 @@ class Pod:
                 return
             await asyncio.sleep(probe.get("periodSeconds", 10))
 
+    def _has_root(self) -> bool:
+        """Whether the container's files are there, and its command runs among them."""
+        return self._process is not None and str(Path(f"/proc/{self._process.pid}/root").readlink()) != "/"
+
     async def _watch_readiness(self) -> None:
         probe = self.container.manifest.get("readinessProbe")
         if probe is None:
+            while not self._has_root():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
             self.ready = True
             return
         failed = 0
