@@ -10,30 +10,27 @@ that is lost loses what it was sent since its backup. One line of JSON says how 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from tests.cluster.processes import environment
-from tests.deploy.rendered import ROOT, Manifests
-from tests.kubernetes.api import KubernetesApi
-from tests.kubernetes.cluster import NODE, Kubernetes, Machine, until
+from tests.deploy.rendered import ROOT
+from tests.kubernetes.cluster import Kubernetes, until
 from tests.kubernetes.kubectl import Kubectl
 from tests.kubernetes.story import (
     GATEWAYS,
     NEW_TAG,
-    PRODUCERS,
     SETTLE_SECONDS,
     SHARDS,
     Crowd,
+    run_described,
     until_shards,
 )
 from topk_grpc._version import VERSION
@@ -85,7 +82,7 @@ class Operator:
         self._write_first_plays()
         await self._chapter(FIRST_STEPS, self._is_complete, reached=False)
         await self._chapter("Runbooks", lambda: self._has_shards(3))
-        async with self._crowded():
+        async with self._crowd.present():
             await self._chapter("Scale out", lambda: self._has_shards(5))
             await self._chapter("Scale in", lambda: self._has_shards(3))
             self._release()
@@ -94,7 +91,7 @@ class Operator:
         await self._chapter("Back up", self._is_complete)
         await self._lose_volume(f"{SHARDS}-0")
         await self._chapter("Restore", self._is_complete)
-        async with self._crowded():
+        async with self._crowd.present():
             await asyncio.sleep(2)
         await self._is_complete()
         return {
@@ -144,16 +141,6 @@ class Operator:
         assert status == 0, f"{title}: {said}"
         return said
 
-    @asynccontextmanager
-    async def _crowded(self) -> AsyncIterator[None]:
-        self._crowd.begin()
-        async with asyncio.TaskGroup() as group:
-            for number in range(PRODUCERS):
-                group.create_task(self._crowd.play(number))
-            group.create_task(self._crowd.ask())
-            yield
-            self._crowd.end()
-
     async def _has_shards(self, count: int) -> None:
         await until_shards(self._kubernetes, self._crowd.gateway, count)
 
@@ -179,33 +166,21 @@ class Operator:
         assert set(self._kubernetes.pod(pod).ended) == {FINAL}, self._kubernetes.pod(pod).log_tail()
 
     async def _is_complete(self) -> None:
-        counts = Counter(await self._crowd.counts())
-        lost, double = self._crowd.played - counts, counts - self._crowd.played
+        lost, double = await self._crowd.differences()
         assert not lost, f"lost: {lost}"
         assert not double, f"double: {double}"
 
 
-async def main(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs them on the node."""
-    manifests = Manifests(description["rendered"])
-    gateway = manifests.the("Service", GATEWAYS)
-    namespace = gateway["metadata"]["namespace"]
-    root, addresses = Path(description["root"]), description["addresses"]
-    api = KubernetesApi(root / "api", namespace, addresses[NODE])
-    machine = Machine(root, description["within"], addresses, Path(description["hosts"]), api)
-    crowd = Crowd(f"{GATEWAYS}.{namespace}:{gateway['spec']['ports'][0]['port']}")
+async def live(kubernetes: Kubernetes, crowd: Crowd) -> dict[str, Any]:
+    """Runs them all."""
+    root = kubernetes.machine.root
+    kubectl = Kubectl(kubernetes, kubernetes.manifests.the("Service", GATEWAYS)["metadata"]["namespace"], root)
+    await kubectl.start()
     try:
-        async with Kubernetes(machine, manifests) as kubernetes:
-            kubectl = Kubectl(kubernetes, namespace, root)
-            await kubectl.start()
-            try:
-                return await Operator(kubernetes, crowd, kubectl, root).run()
-            finally:
-                await kubectl.close()
+        return await Operator(kubernetes, crowd, kubectl, root).run()
     finally:
-        api.close()
+        await kubectl.close()
 
 
 if __name__ == "__main__":
-    told = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print(json.dumps(asyncio.run(main(told)), ensure_ascii=False))
+    run_described(live)

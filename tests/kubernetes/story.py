@@ -15,7 +15,8 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -70,13 +71,16 @@ class Crowd:
     wrong: list[str] = field(default_factory=list)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def begin(self) -> None:
-        """They may play and ask again."""
+    @asynccontextmanager
+    async def present(self) -> AsyncIterator[None]:
+        """They play and ask as long as this is open."""
         self._ended.clear()
-
-    def end(self) -> None:
-        """No more."""
-        self._ended.set()
+        async with asyncio.TaskGroup() as group:
+            for number in range(PRODUCERS):
+                group.create_task(self.play(number))
+            group.create_task(self.ask())
+            yield
+            self._ended.set()
 
     async def play(self, number: int) -> None:
         """One producer, until the end."""
@@ -109,11 +113,12 @@ class Crowd:
                         self.wrong.append(f"{total} plays where there were {before} at least: {answer.certificate}")
                 await asyncio.sleep(5 * _PAUSE_SECONDS)
 
-    async def counts(self) -> dict[str, int]:
-        """What the cluster says in the end."""
+    async def differences(self) -> tuple[Counter[str], Counter[str]]:
+        """Plays that are lost, and that count twice, by song; to be asked while nobody plays."""
         async with TopKClient(self.gateway, deadline_seconds=DEADLINE_SECONDS) as client:
             answer = await client.top_k("global", 2 * SONGS)
-        return {entry.song_id: entry.count for entry in answer.entries}
+        counts = Counter({entry.song_id: entry.count for entry in answer.entries})
+        return self.played - counts, counts - self.played
 
 
 class Story:
@@ -128,15 +133,9 @@ class Story:
         """From the first `kubectl apply` to the last count."""
         kubernetes, crowd = self._kubernetes, self._crowd
         self.seconds["applied"] = await kubernetes.until_settled(SETTLE_SECONDS)
-        async with asyncio.TaskGroup() as group:
-            for number in range(PRODUCERS):
-                group.create_task(crowd.play(number))
-            group.create_task(crowd.ask())
+        async with crowd.present():
             await self._live()
-            crowd.end()
-        counts = await crowd.counts()
-        lost = crowd.played - Counter(counts)
-        double = Counter(counts) - crowd.played
+        lost, double = await crowd.differences()
         ready = [pod.ready_seconds for pod in kubernetes.every_pod() if pod.ready_seconds is not None]
         return {
             "plays": crowd.played.total(),
@@ -216,8 +215,15 @@ def _updated(manifests: Manifests) -> Manifests:
     return changed
 
 
-async def main(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs the story on the node."""
+def run_described(live: Callable[[Kubernetes, Crowd], Awaitable[dict[str, Any]]]) -> None:
+    """The program: starts what the file in its argument describes, lets it be lived in, and prints what that tells."""
+    description = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print(json.dumps(asyncio.run(_run_described(description, live)), ensure_ascii=False))
+
+
+async def _run_described(
+    description: Mapping[str, Any], live: Callable[[Kubernetes, Crowd], Awaitable[dict[str, Any]]]
+) -> dict[str, Any]:
     manifests = Manifests(description["rendered"])
     gateway = manifests.the("Service", GATEWAYS)
     namespace = gateway["metadata"]["namespace"]
@@ -227,11 +233,10 @@ async def main(description: Mapping[str, Any]) -> dict[str, Any]:
     crowd = Crowd(f"{GATEWAYS}.{namespace}:{gateway['spec']['ports'][0]['port']}")
     try:
         async with Kubernetes(machine, manifests) as kubernetes:
-            return await Story(kubernetes, crowd).run()
+            return await live(kubernetes, crowd)
     finally:
         api.close()
 
 
 if __name__ == "__main__":
-    told = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print(json.dumps(asyncio.run(main(told)), ensure_ascii=False))
+    run_described(lambda kubernetes, crowd: Story(kubernetes, crowd).run())
